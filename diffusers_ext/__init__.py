@@ -1,0 +1,40 @@
+"""diffusers-ext: published diffusion methods as plugins for Hugging Face diffusers.
+
+Public names are imported when they are first used: `import diffusers_ext` itself imports neither torch nor diffusers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0"
+
+# Public name -> the room that holds it.
+_ROOMS = {
+    "LearnedCacheConfig": "learning_to_cache",
+    "LearnedCacheMixin": "learning_to_cache",
+    "LearnedCacheRouter": "learning_to_cache",
+    "apply_learned_cache": "learning_to_cache",
+    "remove_learned_cache": "learning_to_cache",
+}
+
+__all__ = ["__version__", *sorted(_ROOMS)]
+
+if TYPE_CHECKING:
+    from .learning_to_cache import (
+        LearnedCacheConfig,
+        LearnedCacheMixin,
+        LearnedCacheRouter,
+        apply_learned_cache,
+        remove_learned_cache,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return getattr(importlib.import_module(f".{_ROOMS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS})

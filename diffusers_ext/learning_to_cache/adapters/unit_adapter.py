@@ -1,0 +1,68 @@
+"""What a block class must tell the cache: its units, and its forward in terms of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+# A unit's output is a tensor, or a tuple of tensors and None where a module returns several.
+Feature = Tensor | tuple[Tensor | None, ...] | None
+Features = tuple[Feature, ...]
+# Per unit: True computes, False reuses, a scalar tensor mixes both (training).
+Plan = tuple[bool | Tensor, ...]
+
+
+class BlockForward(Protocol):
+    """A block's forward, unit by unit.
+
+    Called as `forward(block, plan, stored, *args, **kwargs)` with the arguments of the block's own forward. Returns
+    the block's output and the features of all units, computed or passed through, as ungated and unscaled as the
+    unit's module gives them. A unit that is reused must skip its module and what feeds only that module (LayerNorm,
+    modulation of its input), never its gate.
+    """
+
+    def __call__(
+        self, block: torch.nn.Module, plan: Plan, stored: Features, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Features]: ...
+
+
+@dataclass(frozen=True)
+class UnitAdapter:
+    """How the cache sees one block class.
+
+    Args:
+        units: gives the names of a block's units in execution order, each the residual branch of one attention or
+            feed-forward; raises `ValueError` for a block that cannot be cached, saying why.
+        forward: the block's forward by units, see `BlockForward`.
+    """
+
+    units: Callable[[torch.nn.Module], tuple[str, ...]]
+    forward: BlockForward
+
+
+def unit_output(plan: bool | Tensor, stored: Feature, compute: Callable[[], Feature]) -> Feature:
+    """One unit under the plan: `beta * f(h) + (1 - beta) * stored` (paper, Eq. 6), skipping `f` when beta is False.
+
+    Args:
+        plan: True, False, or beta as a scalar tensor in [0, 1].
+        stored: the unit's output at the row before, same structure as `compute()`; not read when plan is True.
+        compute: calls the unit's module.
+    """
+    if plan is True:
+        return compute()
+    if plan is False:
+        return stored
+    computed = compute()
+    if isinstance(computed, tuple):
+        return tuple(_mix(plan, new, old) for new, old in zip(computed, stored, strict=True))
+    return _mix(plan, computed, stored)
+
+
+def _mix(beta: Tensor, computed: Tensor | None, stored: Tensor | None) -> Tensor | None:
+    if computed is None:
+        return None
+    beta = beta.to(computed.dtype)
+    return beta * computed + (1 - beta) * stored

@@ -1,0 +1,277 @@
+"""Training a router with all weights of the denoiser frozen (paper, section 3.3; released `train_router.py`)."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from ..hooks import GuardedHook, attach, detach, find_hook
+from ..hooks._compat import unwrap_module
+from .adapters import Features, find_unit_adapter, iterate_blocks, list_units
+from .cache import HOOK_NAME
+from .objective import LearnedCacheLoss, output_distance, straight_through
+from .router import LearnedCacheRouter, check_threshold
+
+
+_HOOK_NAME = "learned_cache_trainer"
+
+
+class LearnedCacheTrainer:
+    """The objective of one router; the optimiser, the data and the loop are the caller's.
+
+    ```python
+    scheduler.set_timesteps(router.num_steps)
+    trainer = LearnedCacheTrainer(transformer, router, scheduler)
+    for latents, labels in data:
+        loss = trainer.loss(latents, trainer.sample_step(), class_labels=labels)
+        loss.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        trainer.clamp_()
+    trainer.detach()
+    ```
+
+    The denoiser is frozen and put in evaluation mode, and carries hooks until `detach`. Only one row of the router's
+    logits has a gradient per call of `loss`.
+
+    Args:
+        denoiser: the diffusion transformer.
+        router: a `LearnedCacheRouter` with the denoiser's units, possibly wrapped for distributed training.
+        scheduler: the sampler of inference, with `set_timesteps(router.num_steps)` done; never changed here.
+        regularization: lambda, the price of a computed unit. The paper's: 1e-6 to 5e-6 for DiT with `"mean"`, 0.1 for
+            U-ViT with `"sum"`. Higher removes more.
+        reduction: of the distance over channels and pixels, see `output_distance`.
+        ste_threshold: in [0, 1): train with scores thresholded in the forward pass (straight-through); None mixes
+            softly, as the paper does.
+        guidance_scale: compare guided outputs: every pass runs the condition and the null condition.
+        null_kwargs: the null condition, keyword arguments of the denoiser with the batch size of the data; required
+            with `guidance_scale`.
+
+    Raises:
+        ValueError: scheduler, router and denoiser do not fit, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        router: LearnedCacheRouter | nn.Module,
+        scheduler: Any,
+        *,
+        regularization: float = 1e-6,
+        reduction: Literal["mean", "sum"] = "mean",
+        ste_threshold: float | None = None,
+        guidance_scale: float | None = None,
+        null_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        denoiser = unwrap_module(denoiser)
+        self._plain_router: LearnedCacheRouter = getattr(router, "module", router)
+        if not isinstance(self._plain_router, LearnedCacheRouter):
+            raise TypeError(f"`router` must be a LearnedCacheRouter, got {type(router).__name__}.")
+        if not regularization >= 0:
+            raise ValueError(f"`regularization` must not be negative, got {regularization}.")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"`reduction` must be 'mean' or 'sum', got {reduction!r}.")
+        if ste_threshold is not None:
+            check_threshold(ste_threshold)
+        if (guidance_scale is None) != (null_kwargs is None):
+            raise ValueError("`guidance_scale` and `null_kwargs` go together: give both or neither.")
+        if find_hook(denoiser, HOOK_NAME) is not None:
+            raise ValueError("A learned cache is applied to the denoiser; call `remove_learned_cache` first.")
+        units = list_units(denoiser)
+        if self._plain_router.unit_names != units:
+            raise ValueError(
+                f"The router has {len(self._plain_router.unit_names)} units, the denoiser {len(units)}, or their names "
+                "differ; make it with `LearnedCacheRouter.for_denoiser(denoiser, num_steps)`."
+            )
+        if getattr(denoiser, "is_gradient_checkpointing", False):
+            raise ValueError("Gradient checkpointing calls blocks twice; call `disable_gradient_checkpointing()`.")
+        self.denoiser = denoiser.requires_grad_(False).eval()
+        self.router = router
+        self.regularization = regularization
+        self.reduction = reduction
+        self.ste_threshold = ste_threshold
+        self.guidance_scale = guidance_scale
+        self.null_kwargs = null_kwargs or {}
+        self._scheduler = _fresh_scheduler(scheduler, self._plain_router.num_steps)
+        self.timesteps: Tensor = self._scheduler.timesteps
+        self._rows = set(self._plain_router.cached_steps)
+
+        self._hooks: list[_MixingHook] = []
+        start = 0
+        pairs = []
+        for _, block in iterate_blocks(denoiser):
+            adapter = find_unit_adapter(block)
+            count = len(adapter.units(block))
+            hook = _MixingHook(adapter.forward, slice(start, start + count))
+            self._hooks.append(hook)
+            pairs.append((block, hook))
+            start += count
+        attach(denoiser, _HOOK_NAME, pairs)
+
+    def sample_step(self, generator: torch.Generator | None = None) -> int:
+        """A cached row, uniformly drawn. On several processes give equal generators: all train the same row."""
+        rows = self._plain_router.cached_steps
+        return rows[int(torch.randint(len(rows), (), generator=generator))]
+
+    def loss(
+        self,
+        sample: Tensor,
+        step: int,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **denoiser_kwargs: Any,
+    ) -> LearnedCacheLoss:
+        """The objective at one cached row.
+
+        The sample is noised to row `step - 1`, whose unit outputs are stored, and taken to row `step` by one step of
+        the sampler. There the denoiser runs twice: all computed (teacher), and with each unit mixed from its computed
+        and its stored output by its score (student).
+
+        Args:
+            sample: (batch, ...), clean latents, scaled as the denoiser takes them.
+            step: cached row m, one of the router's `cached_steps`.
+            noise: like `sample`, the noise at row m - 1; drawn when not given.
+            generator: for that draw.
+            **denoiser_kwargs: conditions, passed unchanged to all passes, with any drops already applied.
+
+        Returns:
+            `LearnedCacheLoss`, differentiable with respect to the router's row `step`.
+
+        Raises:
+            ValueError: `step` is no cached row, or the row before it is one too.
+        """
+        if step not in self._rows:
+            raise ValueError(f"`step` must be one of the cached rows {sorted(self._rows)}, got {step}.")
+        if step - 1 in self._rows:
+            raise ValueError(f"`step` {step} follows cached row {step - 1}; training needs a full row before it.")
+        if noise is None:
+            noise = torch.randn(sample.shape, generator=generator, dtype=sample.dtype).to(sample.device)
+        with torch.no_grad():
+            moved = self._to_next_row(sample, noise, step, denoiser_kwargs)
+            teacher = self._denoise(moved, step, denoiser_kwargs, _MixingHook.pass_through)
+        scores = self.router(step)
+        betas = scores if self.ste_threshold is None else straight_through(scores, self.ste_threshold)
+        betas = betas.to(sample.device)
+        try:
+            student = self._denoise(moved, step, denoiser_kwargs, lambda hook: hook.mix(betas))
+        finally:
+            for hook in self._hooks:
+                hook.forget()
+        data = output_distance(teacher, student, self.reduction)
+        sparsity = scores.sum()
+        return LearnedCacheLoss(total=data + self.regularization * sparsity, data=data, sparsity=sparsity)
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Clamp the logits to the router's `logit_bound`; call after each optimiser step."""
+        bound = self._plain_router.config.logit_bound
+        if bound is not None:
+            self._plain_router.logits.clamp_(-bound, bound)
+
+    def detach(self) -> None:
+        """Remove the hooks from the denoiser. The trainer cannot be used afterwards."""
+        detach(self.denoiser, _HOOK_NAME)
+
+    def _to_next_row(self, sample: Tensor, noise: Tensor, step: int, denoiser_kwargs: dict[str, Any]) -> Tensor:
+        """Noise to row `step - 1`, store its unit outputs, and make the sampler's own step to row `step`."""
+        scheduler = copy.deepcopy(self._scheduler)
+        timestep = self.timesteps[step - 1]
+        add_noise = getattr(scheduler, "add_noise", None) or scheduler.scale_noise
+        noisy = add_noise(sample, noise, timestep.expand(len(sample)).to(sample.device))
+        output = self._denoise(noisy, step - 1, denoiser_kwargs, _MixingHook.record)
+        return scheduler.step(_without_sigma(output, sample), timestep, noisy).prev_sample
+
+    def _denoise(
+        self, sample: Tensor, row: int, denoiser_kwargs: dict[str, Any], set_mode: Callable[["_MixingHook"], None]
+    ) -> Tensor:
+        """The denoiser's output at a row, guided if so configured, with all blocks in one mode."""
+        for hook in self._hooks:
+            set_mode(hook)
+        timestep = self.timesteps[row]
+        sample = copy.deepcopy(self._scheduler).scale_model_input(sample, timestep)
+        if self.guidance_scale is None:
+            return _first(self.denoiser(sample, timestep=_expand(timestep, sample), **denoiser_kwargs))
+        both = torch.cat([sample, sample])
+        conditions = {
+            name: torch.cat([value, self.null_kwargs[name]]) if isinstance(value, Tensor) else value
+            for name, value in denoiser_kwargs.items()
+        }
+        output = _first(self.denoiser(both, timestep=_expand(timestep, both), **conditions))
+        conditional, null = output.chunk(2)
+        channels = sample.shape[1]
+        guided = null[:, :channels] + self.guidance_scale * (conditional[:, :channels] - null[:, :channels])
+        return torch.cat([guided, conditional[:, channels:]], dim=1)
+
+
+class _MixingHook(GuardedHook):
+    """On a block: computes it as it is, storing its unit outputs, or mixing with stored ones."""
+
+    method = "a learned cache trainer"
+    removed_by = "LearnedCacheTrainer.detach"
+
+    def __init__(self, block_forward: Callable, columns: slice) -> None:
+        super().__init__()
+        self.block_forward = block_forward
+        self.columns = columns
+        self.forget()
+
+    def forget(self) -> None:
+        self.recording = False
+        self.betas: Tensor | None = None
+        self.stored: Features | None = None
+
+    def pass_through(self) -> None:
+        self.recording, self.betas = False, None
+
+    def record(self) -> None:
+        self.recording, self.betas = True, None
+
+    def mix(self, betas: Tensor) -> None:
+        self.recording, self.betas = False, betas[self.columns]
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        count = self.columns.stop - self.columns.start
+        if self.recording:
+            output, self.stored = self.block_forward(module, (True,) * count, (None,) * count, *args, **kwargs)
+            return output
+        if self.betas is not None:
+            output, _ = self.block_forward(module, tuple(self.betas), self.stored, *args, **kwargs)
+            return output
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+def _fresh_scheduler(scheduler: Any, num_steps: int) -> Any:
+    """A copy of the scheduler on the same grid, as before its first step."""
+    if getattr(scheduler, "num_inference_steps", None) is None:
+        raise ValueError(f"`scheduler` has no timesteps yet; call `scheduler.set_timesteps({num_steps})` first.")
+    if len(scheduler.timesteps) != num_steps:
+        raise ValueError(
+            f"`scheduler` makes {len(scheduler.timesteps)} evaluations, the router is for {num_steps}; call "
+            f"`scheduler.set_timesteps({num_steps})`."
+        )
+    if type(scheduler).__name__ == "DDPMScheduler" or "sde" in str(scheduler.config.get("algorithm_type", "")):
+        raise ValueError(
+            f"`scheduler` must step deterministically, {type(scheduler).__name__} draws noise; use the sampler's ODE "
+            "form, for instance RespacedDDIMScheduler."
+        )
+    fresh = copy.deepcopy(scheduler)
+    fresh.set_timesteps(scheduler.num_inference_steps)
+    if not torch.equal(fresh.timesteps.cpu(), scheduler.timesteps.cpu()):
+        fresh.set_timesteps(timesteps=scheduler.timesteps.tolist())
+    return fresh
+
+
+def _without_sigma(output: Tensor, sample: Tensor) -> Tensor:
+    """The first channels of an output that also holds learned sigmas."""
+    return output[:, : sample.shape[1]] if output.shape[1] == 2 * sample.shape[1] else output
+
+
+def _expand(timestep: Tensor, sample: Tensor) -> Tensor:
+    return timestep.expand(len(sample)).to(sample.device)
+
+
+def _first(output: BaseOutput | tuple) -> Tensor:
+    return output[0]

@@ -1,0 +1,276 @@
+"""Train the demo checkpoint `digits-dit`: a `DiTPipeline` that draws handwritten digits, on two CPU cores in an hour.
+
+    python examples/checkpoints/train_digits_dit.py
+    accelerate launch examples/checkpoints/train_digits_dit.py --mixed_precision bf16      # the same on a GPU
+
+Four stages, each skipped when its result is there, so the same command resumes after an interruption:
+
+1. `vae`: an `AutoencoderKL` on scikit-learn's 1,797 digits, enlarged from 8x8 to 32x32 and slightly moved and turned;
+2. `dit`: a `DiTTransformer2DModel` on its latents (4x8x8) with classifier-free label dropout and EMA;
+3. `save`: both with a `DDIMScheduler` and `id2label` as a `DiTPipeline`, weights in half precision;
+4. `evaluate`: 500 samples, judged by a classifier trained on the real digits, and the model card.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.training_utils import EMAModel
+from sklearn.datasets import load_digits
+from tqdm.auto import tqdm
+
+
+logger = get_logger(__name__)
+
+HERE = Path(__file__).resolve().parent
+CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# `DiTPipeline` writes 1000 as the label of "no class", so the embedding table has ImageNet's size; ten rows are used.
+NULL_CLASS = 1000
+IMAGE_SIZE = 32
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=HERE / "digits-dit", help="where the pipeline is saved")
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/digits-dit"), help="resumable training state")
+    parser.add_argument("--vae_steps", type=int, default=1600)
+    parser.add_argument("--vae_batch_size", type=int, default=64)
+    parser.add_argument("--vae_learning_rate", type=float, default=2e-3)
+    parser.add_argument("--kl_weight", type=float, default=3e-4, help="weight of the mean KL per latent value")
+    parser.add_argument("--dit_steps", type=int, default=8000)
+    parser.add_argument("--dit_batch_size", type=int, default=128)
+    parser.add_argument("--dit_learning_rate", type=float, default=1.5e-3, help="peak of the one-cycle schedule")
+    parser.add_argument("--label_dropout", type=float, default=0.1)
+    parser.add_argument("--ema_decay", type=float, default=0.998)
+    parser.add_argument("--augmentations", type=int, default=8, help="moved and turned copies of each digit")
+    parser.add_argument("--checkpointing_steps", type=int, default=500)
+    parser.add_argument("--num_eval_samples", type=int, default=500)
+    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_threads", type=int, default=None, help="CPU threads; torch's own choice when not given")
+    return parser.parse_args()
+
+
+def enlarge(images: torch.Tensor) -> torch.Tensor:
+    """(n, 8, 8) grey values in 0..16 to (n, 1, 32, 32) in [-1, 1]."""
+    images = F.interpolate(images[:, None] / 8 - 1, size=IMAGE_SIZE, mode="bicubic", align_corners=False)
+    return images.clamp(-1, 1)
+
+
+def shrink(images: torch.Tensor) -> torch.Tensor:
+    """(n, 1, 32, 32) in [-1, 1] to (n, 64) grey values in 0..16, scikit-learn's form."""
+    return ((F.avg_pool2d(images, IMAGE_SIZE // 8) + 1) * 8).flatten(1)
+
+
+def move_and_turn(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each of (n, 1, h, w) rotated by up to 6 degrees, scaled by up to 5% and moved by up to 4% of the width."""
+    n = len(images)
+    angle, scale, dx, dy = (torch.rand(4, n, generator=generator) * 2 - 1).unbind(0)
+    angle, scale = angle * math.radians(6), 1 + 0.05 * scale
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
+    theta = torch.stack((cos, -sin, 0.08 * dx, sin, cos, 0.08 * dy), dim=1).view(n, 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images + 1, grid, mode="bicubic", align_corners=False).sub(1).clamp(-1, 1)
+
+
+def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
+    """One generator a step: a resumed run draws what an uninterrupted one draws."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
+
+
+def latest_state(folder: Path) -> tuple[Path | None, int]:
+    """The newest `step-<n>` folder that `save_state` has finished, and n."""
+    states = [(int(path.name[5:]), path) for path in folder.glob("step-*") if (path / "done").exists()]
+    step, path = max(states, default=(0, None))
+    return path, step
+
+
+def save_state(accelerator: Accelerator, folder: Path, step: int) -> None:
+    path = folder / f"step-{step}"
+    accelerator.save_state(str(path))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (path / "done").touch()
+        for old in sorted(folder.glob("step-*"), key=lambda p: int(p.name[5:]))[:-2]:
+            for file in old.iterdir():
+                file.unlink()
+            old.rmdir()
+
+
+def train_loop(accelerator, name, model, optimizer, lr_scheduler, ema, num_steps, args, compute_loss) -> None:
+    """Runs `compute_loss(model, step)` for `num_steps`, resuming from and writing to `work_dir/<name>`."""
+    folder = args.work_dir / name
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(lr_scheduler, ema)
+    ema.to(accelerator.device)
+    path, start = latest_state(folder)
+    if path is not None:
+        accelerator.load_state(str(path))
+        logger.info("%s: resumed at step %d", name, start)
+    progress = tqdm(
+        range(start, num_steps), initial=start, total=num_steps, desc=name, disable=not accelerator.is_main_process
+    )
+    average = None
+    for step in progress:
+        loss = compute_loss(model, step)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        ema.step(accelerator.unwrap_model(model).parameters())
+        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+        progress.set_postfix(loss=f"{average:.4f}", refresh=False)
+        if (step + 1) % args.checkpointing_steps == 0 or step + 1 == num_steps:
+            save_state(accelerator, folder, step + 1)
+            logger.info("%s: step %d, loss %.4f", name, step + 1, average)
+    ema.copy_to(accelerator.unwrap_model(model).parameters())
+
+
+def one_cycle(optimizer, peak: float, steps: int):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peak, total_steps=steps + 1, pct_start=0.1)
+
+
+def new_accelerator(args) -> Accelerator:
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        project_config=ProjectConfiguration(project_dir=str(args.work_dir)),
+    )
+
+
+def train_vae(args, images: torch.Tensor) -> AutoencoderKL:
+    accelerator = new_accelerator(args)
+    set_seed(args.seed)
+    vae = AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 32),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+        mid_block_add_attention=False,
+    )
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.vae_learning_rate, betas=(0.9, 0.99), weight_decay=0)
+    lr_scheduler = one_cycle(optimizer, args.vae_learning_rate, args.vae_steps)
+    ema = EMAModel(vae.parameters(), decay=args.ema_decay)
+
+    def compute_loss(model, step):
+        generator = step_generator(args.seed, step, accelerator.process_index)
+        index = torch.randint(len(images), (args.vae_batch_size,), generator=generator)
+        batch = move_and_turn(images[index], generator).to(accelerator.device)
+        unwrapped = accelerator.unwrap_model(model)
+        posterior = unwrapped.encode(batch).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(batch)
+        reconstruction = unwrapped.decode(posterior.mean + posterior.std * noise).sample
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        return F.mse_loss(reconstruction.float(), batch) + args.kl_weight * kl
+
+    train_loop(accelerator, "vae", vae, optimizer, lr_scheduler, ema, args.vae_steps, args, compute_loss)
+    accelerator.free_memory()
+    return accelerator.unwrap_model(vae).cpu().eval()
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    return torch.cat([vae.encode(chunk).latent_dist.mean for chunk in images.split(256)])
+
+
+def train_dit(args, latents: torch.Tensor, labels: torch.Tensor) -> DiTTransformer2DModel:
+    accelerator = new_accelerator(args)
+    set_seed(args.seed)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=6,
+        attention_head_dim=16,
+        in_channels=4,
+        num_layers=8,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=NULL_CLASS,
+        norm_eps=1e-6,
+    )
+    # Evaluation mode: in training mode `LabelEmbedding` drops labels in every block on its own.
+    transformer.eval()
+    embedding = transformer.transformer_blocks[0].norm1.emb
+    for block in transformer.transformer_blocks:
+        block.norm1.emb = embedding  # one embedder for all blocks, as in the original DiT
+        torch.nn.init.zeros_(block.norm1.linear.weight)
+        torch.nn.init.zeros_(block.norm1.linear.bias)
+    torch.nn.init.zeros_(embedding.class_embedder.embedding_table.weight[len(CLASS_NAMES) : NULL_CLASS])
+    for layer in (transformer.proj_out_1, transformer.proj_out_2):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+
+    optimizer = torch.optim.AdamW(
+        transformer.parameters(), lr=args.dit_learning_rate, betas=(0.9, 0.99), weight_decay=0
+    )
+    lr_scheduler = one_cycle(optimizer, args.dit_learning_rate, args.dit_steps)
+    ema = EMAModel(transformer.parameters(), decay=args.ema_decay)
+    scheduler = new_scheduler()
+
+    def compute_loss(model, step):
+        generator = step_generator(args.seed, step, accelerator.process_index)
+        index = torch.randint(len(latents), (args.dit_batch_size,), generator=generator)
+        sample = latents[index]
+        noise = torch.randn(sample.shape, generator=generator)
+        timestep = torch.randint(scheduler.config.num_train_timesteps, (len(index),), generator=generator)
+        dropped = torch.rand(len(index), generator=generator) < args.label_dropout
+        class_labels = torch.where(dropped, NULL_CLASS, labels[index]).to(accelerator.device)
+        noisy = scheduler.add_noise(sample, noise, timestep).to(accelerator.device)
+        output = model(noisy, timestep=timestep.to(accelerator.device), class_labels=class_labels).sample
+        return F.mse_loss(output.float(), noise.to(accelerator.device))
+
+    train_loop(accelerator, "dit", transformer, optimizer, lr_scheduler, ema, args.dit_steps, args, compute_loss)
+    accelerator.free_memory()
+    return accelerator.unwrap_model(transformer).cpu().eval()
+
+
+def new_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+
+
+def save_pipeline(args, vae: AutoencoderKL, transformer: DiTTransformer2DModel) -> None:
+    # Safetensors store no shared tensors: each block gets its own copy of the embedder.
+    config = transformer.config
+    separate = DiTTransformer2DModel.from_config(config)
+    separate.load_state_dict(transformer.state_dict())
+    pipeline = DiTPipeline(
+        transformer=separate.half().eval(),
+        vae=vae.half().eval(),
+        scheduler=new_scheduler(),
+    )
+    # `DiTPipeline` reads its labels from `model_index.json` but does not write them there.
+    pipeline.register_to_config(id2label={str(i): name for i, name in enumerate(CLASS_NAMES)})
+    pipeline.save_pretrained(args.output_dir)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+    digits = load_digits()
+    images = enlarge(torch.tensor(digits.images, dtype=torch.float32))
+    labels = torch.tensor(digits.target)
+
+    vae = train_vae(args, images)
+    generator = step_generator(args.seed, 0, 0)
+    copies = [images] + [move_and_turn(images, generator) for _ in range(args.augmentations)]
+    latents = torch.cat([encode(vae, copy) for copy in copies])
+    scaling_factor = 1 / latents.std().item()
+    vae.register_to_config(scaling_factor=scaling_factor)
+    transformer = train_dit(args, latents * scaling_factor, labels.repeat(len(copies)))
+    save_pipeline(args, vae, transformer)
+
+
+if __name__ == "__main__":
+    main()
