@@ -19,8 +19,9 @@ class LearnedCacheDiTPipeline(learning_to_cache.LearnedCacheMixin, DiTPipeline):
     pipe.disable_learned_cache()
     ```
 
-    A checkpoint's `DDIMScheduler` is replaced for the time of a call by `RespacedDDIMScheduler`, whose grid routers are
-    trained on; any other scheduler that you set is used as it is. Saving writes the base pipeline's `model_index.json`.
+    A checkpoint's `DDIMScheduler` is replaced for the time of a call by `RespacedDDIMScheduler`, whose grid routers
+    are trained on; any other scheduler that you set is used as it is. Saving writes the base pipeline's
+    `model_index.json`.
     """
 
     @torch.no_grad()
@@ -44,8 +45,8 @@ class LearnedCacheDiTPipeline(learning_to_cache.LearnedCacheMixin, DiTPipeline):
             num_inference_steps: evaluations of the transformer; with a learned cache, the router's `num_steps`.
             output_type: `"pil"`, `"np"` or `"pt"`.
             return_dict: give an `ImagePipelineOutput` instead of a tuple.
-            guidance_channels: how many latent channels guidance applies to; all when None. The authors of DiT guide the
-                first 3 of 4: use 3 with their checkpoints.
+             guidance_channels: how many latent channels guidance applies to; all when None. The authors of DiT guide
+                the first 3 of 4: use 3 with their checkpoints.
             original_embeddings: embed timesteps as the original DiT code; True for the authors' checkpoints, False for
                 models trained with diffusers.
 

@@ -22,9 +22,7 @@ from .stats import LearnedCacheRunStats
 logger = logging.get_logger(__name__)
 
 
-def apply_learned_cache(
-    denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline, config: LearnedCacheConfig
-) -> None:
+def apply_learned_cache(denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline, config: LearnedCacheConfig) -> None:
     """Let a diffusion transformer reuse unit outputs of the evaluation before, where the table says so.
 
     Learning-to-Cache, Ma et al., NeurIPS 2024 (https://huggingface.co/papers/2406.01733). Everything is checked before

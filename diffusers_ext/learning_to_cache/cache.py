@@ -135,7 +135,13 @@ class LearnedCache:
         self._full_run = None
 
     def run_block(
-        self, index: int, forward: Callable, original_forward: Callable, block: torch.nn.Module, args: tuple, kwargs: dict
+        self,
+        index: int,
+        forward: Callable,
+        original_forward: Callable,
+        block: torch.nn.Module,
+        args: tuple,
+        kwargs: dict,
     ) -> Any:
         """One block of the call in progress, by its row of the table."""
         if self.row is None:
@@ -167,7 +173,7 @@ class LearnedCache:
         return output
 
     def check_num_rows(self, num_rows: int) -> str | None:
-        """Why a run of this many evaluations cannot follow the table, or None; raises with `on_step_mismatch="error"`."""
+        """Why a run of this many evaluations cannot follow the table, or None; raises when the config says so."""
         if num_rows == self.num_rows:
             return None
         message = (
@@ -180,7 +186,7 @@ class LearnedCache:
         return "another number of evaluations than the table"
 
     def _look_at_scheduler(self) -> None:
-        """A fresh set of timesteps in the pipeline's scheduler is the start of a run, whatever was left of the last."""
+        """A fresh set of timesteps in the pipeline's scheduler begins a run, whatever was left of the last."""
         pipeline = None if self._pipeline is None else self._pipeline()
         timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
         if timesteps is None or timesteps is self._timesteps:

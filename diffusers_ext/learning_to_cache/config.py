@@ -57,7 +57,7 @@ class LearnedCacheConfig:
             raise ValueError(f"Give exactly one of `router` and `schedule`, got {given}.")
         if self.router is not None and not isinstance(self.router, LearnedCacheRouter | str | os.PathLike):
             raise TypeError(
-                "`router` must be a LearnedCacheRouter, a Hub id or a folder, got " f"{type(self.router).__name__}."
+                f"`router` must be a LearnedCacheRouter, a Hub id or a folder, got {type(self.router).__name__}."
             )
         if self.schedule is not None:
             self._check_table()
@@ -71,7 +71,11 @@ class LearnedCacheConfig:
             check_threshold(self.threshold)
         if self.budget is not None:
             check_budget(self.budget)
-        if isinstance(self.calls_per_step, bool) or not isinstance(self.calls_per_step, int) or self.calls_per_step < 1:
+        if (
+            isinstance(self.calls_per_step, bool)
+            or not isinstance(self.calls_per_step, int)
+            or self.calls_per_step < 1
+        ):
             raise ValueError(f"`calls_per_step` must be an integer of at least 1, got {self.calls_per_step!r}.")
         if self.on_step_mismatch not in ("error", "full"):
             raise ValueError(f"`on_step_mismatch` must be 'error' or 'full', got {self.on_step_mismatch!r}.")

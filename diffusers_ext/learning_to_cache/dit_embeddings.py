@@ -10,8 +10,8 @@ def use_original_dit_embeddings(model: torch.nn.Module) -> torch.nn.Module:
     """Let a `DiTTransformer2DModel` embed timesteps as the original code does; returns the model.
 
     diffusers divides frequencies' exponents by 127, the original by 128: at t = 999 entries differ by up to 1.9. Call
-    it on weights that the authors trained, and again after each reload (`save_pretrained` does not save it); never on a
-    model trained with diffusers' own embedding. Calling it twice changes nothing more.
+    it on weights that the authors trained, and again after each reload (`save_pretrained` does not save it); never on
+    a model trained with diffusers' own embedding. Calling it twice changes nothing more.
 
     Raises:
         ValueError: the model has no timestep projections of DiT blocks.

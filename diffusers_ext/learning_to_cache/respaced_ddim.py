@@ -15,9 +15,9 @@ logger = logging.get_logger(__name__)
 class RespacedDDIMScheduler(DPMSolverMultistepScheduler):
     """Deterministic DDIM (eta 0) whose N timesteps span the whole training range, from T-1 down to 0.
 
-    The grid is `round(linspace(0, T-1, N))`, descending (N = 20, T = 1000: 999, 946, 894, 841, ...), and each step goes
-    to the *next grid point*, the last to the clean sample. diffusers' `DDIMScheduler` has another grid ("leading": 950,
-    900, ...) or steps to `t - T // N`, which is not on it. Respacing follows Nichol and Dhariwal
+    The grid is `round(linspace(0, T-1, N))`, descending (N = 20, T = 1000: 999, 946, 894, 841, ...), and each step
+    goes to the *next grid point*, the last to the clean sample. diffusers' `DDIMScheduler` has another grid ("leading":
+    950, 900, ...) or steps to `t - T // N`, which is not on it. Respacing follows Nichol and Dhariwal
     (https://huggingface.co/papers/2102.09672); the update is DPM-Solver++ of order 1, which equals DDIM.
 
     `RespacedDDIMScheduler.from_config(pipe.scheduler.config)` takes over the noise schedule of any other scheduler.
@@ -57,7 +57,9 @@ class RespacedDDIMScheduler(DPMSolverMultistepScheduler):
     def from_config(cls, config: Any = None, **kwargs: Any) -> Any:
         """Take over another scheduler's noise schedule; what it has beyond that does not apply to this grid."""
         if config is not None and config.get("clip_sample", False):
-            logger.warning("`clip_sample` of the given scheduler is not taken over: RespacedDDIMScheduler never clips.")
+            logger.warning(
+                "`clip_sample` of the given scheduler is not taken over: RespacedDDIMScheduler never clips."
+            )
         return super().from_config(config, **kwargs)
 
     def set_timesteps(

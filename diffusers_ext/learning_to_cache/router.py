@@ -177,7 +177,9 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
         denoiser = self.config.denoiser_class or "a diffusion transformer"
         rows = {
             "units computed, all evaluations": f"{stats.computed} of {stats.total} ({stats.computed_fraction:.1%})",
-            "units removed, cached evaluations": f"{stats.removed} of {stats.removable} ({stats.removed_fraction:.1%})",
+            "units removed, cached evaluations": (
+                f"{stats.removed} of {stats.removable} ({stats.removed_fraction:.1%})"
+            ),
             **{
                 f"removed `{kind}`, cached evaluations": f"{share:.1%}"
                 for kind, share in stats.removed_by_kind.items()

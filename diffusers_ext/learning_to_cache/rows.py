@@ -116,7 +116,7 @@ def locate_row(state: RowState, num_rows: int, time: float | None, step_index: i
 
 def _too_many_steps(time: float, num_rows: int) -> str:
     return (
-        f"The sampler goes on at timestep {time:g} after {num_rows} evaluations, the number that the learned cache was "
-        f"made for. Sample with num_inference_steps={num_rows}, use a router trained for this number, or give "
+        f"The sampler goes on at timestep {time:g} after {num_rows} evaluations, the number that the learned cache "
+        f"was made for. Sample with num_inference_steps={num_rows}, use a router trained for this number, or give "
         '`on_step_mismatch="full"` to compute everything.'
     )

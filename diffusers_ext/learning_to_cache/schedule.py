@@ -101,7 +101,7 @@ def stored_units(schedule: BoolTensor) -> BoolTensor:
 
 
 def check_schedule(schedule: Tensor, unit_names: Sequence[str]) -> None:
-    """Raises `TypeError` or `ValueError` unless `schedule` is a bool (N, M) table over the units, row 0 all computed."""
+    """Raises `TypeError` or `ValueError` unless `schedule` is a bool (N, M) table of the units, row 0 all True."""
     if not isinstance(schedule, Tensor):
         raise TypeError(f"`schedule` must be a bool tensor of shape (N, M), got {type(schedule).__name__}.")
     if schedule.dtype != torch.bool:

@@ -83,8 +83,8 @@ class LearnedCacheTrainer:
         units = list_units(denoiser)
         if self._plain_router.unit_names != units:
             raise ValueError(
-                f"The router has {len(self._plain_router.unit_names)} units, the denoiser {len(units)}, or their names "
-                "differ; make it with `LearnedCacheRouter.for_denoiser(denoiser, num_steps)`."
+                f"The router has {len(self._plain_router.unit_names)} units, the denoiser {len(units)}, or their "
+                "names differ; make it with `LearnedCacheRouter.for_denoiser(denoiser, num_steps)`."
             )
         if getattr(denoiser, "is_gradient_checkpointing", False):
             raise ValueError("Gradient checkpointing calls blocks twice; call `disable_gradient_checkpointing()`.")

@@ -1,0 +1,200 @@
+"""Train a Learning-to-Cache router for a class-conditional `DiTPipeline`, its weights frozen.
+
+The demo's router, in some minutes on a CPU:
+
+    accelerate launch examples/learning_to_cache/train_router.py
+
+The authors' setting for DiT-XL/2 at 20 steps, on the GPUs of one machine:
+
+    accelerate launch --multi_gpu --mixed_precision fp16 examples/learning_to_cache/train_router.py \
+        --base facebook/DiT-XL-2-256 --original_embeddings --data_dir imagenet/train --num_steps 20 \
+        --regularization 5e-6 --learning_rate 1e-3 --threshold 0.1 --batch_size 8 --iterations 20000 \
+        --output_dir dit-xl-router --push_to_hub org/name
+
+Images are encoded once and kept in `--work_dir`; the same command resumes after an interruption. Several CPU
+processes: `accelerate launch --multi_gpu --num_processes 2 ...` (the flag only means "through torchrun").
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import DiTPipeline
+from diffusers.utils import logging
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from diffusers_ext import LearnedCacheRouter
+from diffusers_ext.learning_to_cache import LearnedCacheTrainer, RespacedDDIMScheduler, use_original_dit_embeddings
+
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+logger = logging.get_logger(__name__)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    checkpoints = EXAMPLES / "checkpoints"
+    parser.add_argument("--base", default=str(checkpoints / "digits-dit"), help="Hub id or folder of a DiTPipeline")
+    parser.add_argument("--base_model", default=None, help="Hub id to name in the card; default: --base if it is one")
+    parser.add_argument(
+        "--data_dir",
+        type=Path,
+        default=None,
+        help="images in one folder per class, in the order of the class ids; default: scikit-learn's digits",
+    )
+    parser.add_argument("--output_dir", type=Path, default=checkpoints / "digits-dit-router")
+    parser.add_argument(
+        "--work_dir", type=Path, default=Path("runs/digits-dit-router"), help="latents, resumable state"
+    )
+    parser.add_argument("--num_steps", type=int, default=20, help="denoiser evaluations N")
+    parser.add_argument("--regularization", type=float, default=5e-5, help="lambda, the price of a computed unit")
+    parser.add_argument("--threshold", type=float, default=0.5)
+    parser.add_argument("--learning_rate", type=float, default=0.1, help="few iterations; 1e-3 with tens of thousands")
+    parser.add_argument("--iterations", type=int, default=600)
+    parser.add_argument("--batch_size", type=int, default=64, help="per process")
+    parser.add_argument("--label_dropout", type=float, default=0.1)
+    parser.add_argument("--guidance_scale", type=float, default=None, help="compare guided outputs instead")
+    parser.add_argument("--original_embeddings", action="store_true", help="for the weights of DiT's authors")
+    parser.add_argument("--checkpointing_steps", type=int, default=200)
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default=None)
+    parser.add_argument("--push_to_hub", metavar="REPO_ID", default=None)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def load_images(args: argparse.Namespace, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (n, channels, size, size) in [-1, 1] and labels (n,)."""
+    if args.data_dir is None:
+        sys.path.insert(0, str(EXAMPLES))
+        from digits import load_digit_images
+
+        return load_digit_images()
+    images, labels = [], []
+    for label, folder in enumerate(sorted(path for path in args.data_dir.iterdir() if path.is_dir())):
+        for path in sorted(folder.iterdir()):
+            with Image.open(path) as image:
+                side = min(image.size)
+                left, top = (image.width - side) // 2, (image.height - side) // 2
+                image = image.convert("RGB").crop((left, top, left + side, top + side)).resize((size, size))
+            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3)
+            images.append(pixels.permute(2, 0, 1))
+            labels.append(label)
+    if not images:
+        raise ValueError(f"--data_dir {args.data_dir} holds no folders of images.")
+    return torch.stack(images).float() / 127.5 - 1, torch.tensor(labels)
+
+
+@torch.no_grad()
+def encode_latents(args: argparse.Namespace, pipeline: DiTPipeline, device: torch.device) -> Path:
+    """Write scaled latents and labels to `work_dir/latents.safetensors`, unless they are there."""
+    path = args.work_dir / "latents.safetensors"
+    if path.exists():
+        return path
+    size = pipeline.transformer.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    images, labels = load_images(args, size)
+    pipeline.vae.to(device)
+    latents = [
+        pipeline.vae.encode(chunk.to(device)).latent_dist.mean.cpu() * pipeline.vae.config.scaling_factor
+        for chunk in tqdm(images.split(64), desc="encode")
+    ]
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    save_file({"latents": torch.cat(latents), "labels": labels}, unfinished)
+    os.replace(unfinished, path)
+    return path
+
+
+def main() -> None:
+    args = parse_args()
+    logging.set_verbosity_info()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision)
+    set_seed(args.seed)
+    pipeline = DiTPipeline.from_pretrained(args.base)
+    with accelerator.main_process_first():
+        data = load_file(encode_latents(args, pipeline, accelerator.device))
+    latents, labels = data["latents"], data["labels"]
+
+    transformer = pipeline.transformer.to(accelerator.device)
+    if args.original_embeddings:
+        use_original_dit_embeddings(transformer)
+    null_class = transformer.config.num_embeds_ada_norm
+    scheduler = RespacedDDIMScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(args.num_steps)
+    router = LearnedCacheRouter.for_denoiser(
+        transformer,
+        args.num_steps,
+        threshold=args.threshold,
+        base_model=args.base_model or (None if Path(args.base).exists() else args.base),
+        sampler=type(scheduler).__name__,
+    )
+    optimizer = torch.optim.AdamW(router.parameters(), lr=args.learning_rate, weight_decay=0)
+    router, optimizer = accelerator.prepare(router, optimizer)
+
+    state, start = args.work_dir / "state", 0
+    if (state / "iteration").exists():
+        accelerator.load_state(str(state))
+        start = int((state / "iteration").read_text())
+    null_kwargs = None
+    if args.guidance_scale is not None:
+        null_kwargs = {"class_labels": torch.full((args.batch_size,), null_class, device=accelerator.device)}
+    trainer = LearnedCacheTrainer(
+        transformer,
+        router,
+        scheduler,
+        regularization=args.regularization,
+        guidance_scale=args.guidance_scale,
+        null_kwargs=null_kwargs,
+    )
+    progress = tqdm(
+        range(start, args.iterations), initial=start, total=args.iterations, disable=not accelerator.is_main_process
+    )
+    for iteration in progress:
+        # The row is the same on every process, the data is each process's own.
+        shared = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
+        step = trainer.sample_step(shared)
+        own = torch.Generator().manual_seed((args.seed * 1_000_003 + iteration) * 1_009 + accelerator.process_index)
+        index = torch.randint(len(latents), (args.batch_size,), generator=own)
+        dropped = torch.rand(args.batch_size, generator=own) < args.label_dropout
+        class_labels = torch.where(dropped, null_class, labels[index])
+        noise = torch.randn(latents[index].shape, generator=own)
+        with accelerator.autocast():
+            loss = trainer.loss(
+                latents[index].to(accelerator.device),
+                step,
+                noise.to(accelerator.device),
+                class_labels=class_labels.to(accelerator.device),
+            )
+        accelerator.backward(loss.total)
+        optimizer.step()
+        optimizer.zero_grad()
+        trainer.clamp_()
+        progress.set_postfix(row=step, data=f"{loss.data:.2e}", units=f"{loss.sparsity:.1f}", refresh=False)
+        if (iteration + 1) % args.checkpointing_steps == 0:
+            accelerator.save_state(str(state))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                (state / "iteration").write_text(str(iteration + 1))
+    trainer.detach()
+    accelerator.wait_for_everyone()
+
+    if accelerator.is_main_process:
+        router = accelerator.unwrap_model(router).cpu()
+        router.save_pretrained(args.output_dir)
+        stats = router.stats()
+        logger.info(
+            f"{stats.computed_fraction:.3f} of all unit calls are computed; by cached row, noisy to clean: "
+            f"{' '.join(str(stats.computed_per_row[row]) for row in router.cached_steps)} of {stats.num_units}"
+        )
+        if args.push_to_hub:
+            router.push_to_hub(args.push_to_hub)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
