@@ -79,6 +79,10 @@ class LearnedCacheConfig:
             raise ValueError(f"`calls_per_step` must be an integer of at least 1, got {self.calls_per_step!r}.")
         if self.on_step_mismatch not in ("error", "full"):
             raise ValueError(f"`on_step_mismatch` must be 'error' or 'full', got {self.on_step_mismatch!r}.")
+        if self.reuse != "hold":
+            raise ValueError(f"`reuse` must be 'hold', got {self.reuse!r}.")
+        if self.compile_kwargs is not None and not self.compile_blocks:
+            raise ValueError("`compile_kwargs` needs `compile_blocks=True`.")
 
     def _check_table(self) -> None:
         if self.unit_names is None:

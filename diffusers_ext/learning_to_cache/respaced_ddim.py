@@ -16,8 +16,8 @@ class RespacedDDIMScheduler(DPMSolverMultistepScheduler):
     """Deterministic DDIM (eta 0) whose N timesteps span the whole training range, from T-1 down to 0.
 
     The grid is `round(linspace(0, T-1, N))`, descending (N = 20, T = 1000: 999, 946, 894, 841, ...), and each step
-    goes to the *next grid point*, the last to the clean sample. diffusers' `DDIMScheduler` has another grid ("leading":
-    950, 900, ...) or steps to `t - T // N`, which is not on it. Respacing follows Nichol and Dhariwal
+    goes to the *next grid point*, the last to the clean sample. diffusers' `DDIMScheduler` has another grid
+    ("leading": 950, 900, ...) or steps to `t - T // N`, which is not on it. Respacing follows Nichol and Dhariwal
     (https://huggingface.co/papers/2102.09672); the update is DPM-Solver++ of order 1, which equals DDIM.
 
     `RespacedDDIMScheduler.from_config(pipe.scheduler.config)` takes over the noise schedule of any other scheduler.

@@ -299,7 +299,8 @@ def evaluate(args) -> None:
                 f"`DiTTransformer2DModel`: {pipeline.transformer.config.num_layers} blocks of width "
                 f"{pipeline.transformer.inner_dim}, {parameters / 1e6:.1f} M parameters (each block holds a copy of "
                 "one embedder, as diffusers stores DiT), on 4x8x8 latents of an `AutoencoderKL` for 32x32 grey "
-                "images. Weights in half precision. Label ids are the digits; the null class is 1000, as `DiTPipeline` has it."
+                "images. Weights in half precision. Label ids are the digits; the null class is "
+                "1000, as `DiTPipeline` has it."
             ),
             "Data": (
                 "scikit-learn's `load_digits`: 1,797 digits of 8x8 pixels (UCI, Alpaydin and Kaynak, CC BY 4.0), "
