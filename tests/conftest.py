@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 
 
-# Both are read once, when huggingface_hub and tokenizers are imported, so they come before every other import.
+# Each is read once, by huggingface_hub, tokenizers and cuBLAS, so they are set before every other import.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS warns of the deterministic mode set below
 
 import random
 from collections.abc import Callable

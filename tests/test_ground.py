@@ -91,7 +91,8 @@ def test_building_and_calling_leave_global_generators_alone(name, tiny_pipeline)
 def test_call_arguments_are_new_each_time(name):
     first, second = TINY_PIPELINES[name].call_kwargs(), TINY_PIPELINES[name].call_kwargs()
     assert first.keys() == second.keys()
-    assert first["generator"] is not second["generator"]
+    mutable = (torch.Generator, torch.Tensor, list)
+    assert [key for key in first if isinstance(first[key], mutable) and first[key] is second[key]] == []
     torch.rand(1, generator=first["generator"])
     assert not torch.equal(first["generator"].get_state(), second["generator"].get_state())
 
@@ -121,7 +122,8 @@ def test_checkpoint_loads_as_the_pipeline_that_was_saved(name, tiny_pipeline, ti
 
     folder = tiny_checkpoint(name)
     assert tiny_checkpoint(name) == folder
-    assert list(folder.rglob("*.safetensors")) and not list(folder.rglob("*.bin"))
+    assert list(folder.rglob("*.safetensors"))
+    assert not list(folder.rglob("*.bin"))
     original, loaded = tiny_pipeline(name), DiffusionPipeline.from_pretrained(folder)
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded) is type(original)

@@ -6,12 +6,12 @@ under one name is validated as a whole, attached or rolled back as a whole, and 
 module is what it was.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils import logging
 
 from ._compat import (
     ACCELERATE_FORWARD_ATTRIBUTE,
@@ -22,7 +22,7 @@ from ._compat import (
 )
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _ABSENT = object()
 # Set on a registry while hooks of ours are on it.

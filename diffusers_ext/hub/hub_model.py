@@ -56,8 +56,11 @@ class HubModelMixin:
                     stamp_safetensors(weights, self.origin)
             if kwargs.get("is_main_process", True):
                 write_model_card(unfinished, **self.model_card())
-            for file in Path(unfinished).iterdir():
-                os.replace(file, folder / file.name)
+            files = {file.name for file in Path(unfinished).iterdir()}
+            for name in files:
+                os.replace(Path(unfinished, name), folder / name)
+            if kwargs.get("is_main_process", True):
+                _remove_old_weights(folder, files)
         if push_to_hub:
             upload.setdefault("repo_id", folder.resolve().name)
             self.push_to_hub(**upload, variant=kwargs.get("variant"))
@@ -110,6 +113,14 @@ class HubModelMixin:
 
 
 _UPLOAD_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr")
+
+
+def _remove_old_weights(folder: Path, written: set[str]) -> None:
+    """Shards of an earlier save, which would be uploaded and found along with the new weights."""
+    variants = {name.partition(".")[2] for name in written if name.endswith(".safetensors")}
+    for path in folder.glob("diffusion_pytorch_model*-of-*.safetensors"):
+        if path.name not in written and path.name.partition(".")[2] in variants:
+            path.unlink()
 
 
 def _find_weights(name_or_path: str | os.PathLike[str], options: dict[str, Any]) -> Path | None:

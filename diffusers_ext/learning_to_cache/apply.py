@@ -1,11 +1,11 @@
 """Put a learned cache on a denoiser or a pipeline, and take it off without a trace."""
 
+import logging
 import os
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging
 from torch import BoolTensor
 
 from ..hooks import attach, detach, find_hook, is_linked
@@ -19,7 +19,7 @@ from .router import METHOD, LearnedCacheRouter
 from .stats import LearnedCacheRunStats
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def apply_learned_cache(denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline, config: LearnedCacheConfig) -> None:

@@ -1,6 +1,7 @@
 """The cache at work: one hook on the denoiser finds the row, one on each block computes, reuses and stores by it."""
 
 import inspect
+import logging
 import time as clock
 import weakref
 from collections.abc import Callable
@@ -8,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging
 from torch import BoolTensor, Tensor
 
 from ..hooks import GuardedHook
@@ -18,7 +18,7 @@ from .schedule import stored_units
 from .stats import LearnedCacheRunStats
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 HOOK_NAME = "learned_cache"
 

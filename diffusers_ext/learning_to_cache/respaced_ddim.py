@@ -1,15 +1,15 @@
 """DDIM on the grid that the released DiT routers were trained on."""
 
+import logging
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import logging
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class RespacedDDIMScheduler(DPMSolverMultistepScheduler):

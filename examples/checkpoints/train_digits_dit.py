@@ -12,6 +12,7 @@ Four stages, each skipped when its result is there, so the same command resumes 
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -240,6 +241,7 @@ def save_pipeline(args, vae: AutoencoderKL, transformer: DiTTransformer2DModel) 
 
 def main() -> None:
     args = parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     images, labels = load_digit_images()

@@ -16,6 +16,7 @@ processes: `accelerate launch --multi_gpu --num_processes 2 ...` (the flag only 
 """
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -24,7 +25,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DiTPipeline
-from diffusers.utils import logging
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -34,7 +34,7 @@ from diffusers_ext.learning_to_cache import LearnedCacheTrainer, RespacedDDIMSch
 
 
 EXAMPLES = Path(__file__).resolve().parents[1]
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def parse_args() -> argparse.Namespace:
@@ -112,7 +112,7 @@ def encode_latents(args: argparse.Namespace, pipeline: DiTPipeline, device: torc
 
 def main() -> None:
     args = parse_args()
-    logging.set_verbosity_info()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision)
     set_seed(args.seed)
     pipeline = DiTPipeline.from_pretrained(args.base)

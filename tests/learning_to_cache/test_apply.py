@@ -1,7 +1,6 @@
 """The cache on a real denoiser: what it computes, what it skips, what it stores, and what it leaves behind."""
 
 import contextlib
-import logging
 
 import pytest
 import torch
@@ -42,20 +41,16 @@ def config(denoiser, schedule, **fields):
     return LearnedCacheConfig(schedule=schedule, unit_names=tuple(list_units(denoiser)), **fields)
 
 
-@contextlib.contextmanager
-def warnings_of(name="diffusers_ext"):
-    """Messages of the package's loggers, which diffusers configures not to propagate."""
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    loggers = [logging.getLogger(key) for key in list(logging.root.manager.loggerDict) if key.startswith(name)]
-    for logger in loggers:
-        logger.addHandler(handler)
-    try:
-        yield messages
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
+@pytest.fixture
+def messages(caplog):
+    """A function: warnings of the package since it was last called."""
+
+    def take():
+        found = [record.getMessage() for record in caplog.records if record.name.startswith("diffusers_ext")]
+        caplog.clear()
+        return found
+
+    return take
 
 
 def count_calls(transformer):
@@ -299,7 +294,7 @@ def test_a_reset_begins_a_run(transformer, labels):
     assert torch.equal(call(transformer, inputs[3:4], labels)[0], expected[0])
 
 
-def test_more_evaluations_than_the_table_raise_or_are_computed_in_full(transformer, labels):
+def test_more_evaluations_than_the_table_raise_or_are_computed_in_full(transformer, labels, messages):
     inputs = random_inputs(ROWS + 2)
     full = call(transformer, inputs, labels)
     apply_learned_cache(transformer, config(transformer, alternating(6)))
@@ -308,34 +303,33 @@ def test_more_evaluations_than_the_table_raise_or_are_computed_in_full(transform
     remove_learned_cache(transformer)
 
     apply_learned_cache(transformer, config(transformer, alternating(6), on_step_mismatch="full"))
-    with warnings_of() as messages:
-        got = call(transformer, inputs, labels)
+    got = call(transformer, inputs, labels)
     assert torch.equal(got[6], full[6]) and torch.equal(got[7], full[7])
     assert not torch.equal(got[1], full[1])
-    assert len(messages) == 1 and "computed in full" in messages[0]
+    (message,) = messages()
+    assert "computed in full" in message
     again = call(transformer, inputs, labels)
     assert all(torch.equal(a, b) for a, b in zip(again, got, strict=True))
 
 
-def test_another_batch_in_the_middle_of_a_run_is_computed_in_full_with_one_warning(transformer, labels):
+def test_another_batch_in_the_middle_of_a_run_is_computed_in_full_with_one_warning(transformer, labels, messages):
     inputs = random_inputs(ROWS)
     full = call(transformer, [(inputs[1][0][:1], inputs[1][1][:1])], labels[:1])
     apply_learned_cache(transformer, config(transformer, alternating(6)))
-    with warnings_of() as messages:
-        call(transformer, inputs[:1], labels)
-        changed = call(transformer, [(inputs[1][0][:1], inputs[1][1][:1])], labels[:1])
+    call(transformer, inputs[:1], labels)
+    changed = call(transformer, [(inputs[1][0][:1], inputs[1][1][:1])], labels[:1])
     assert torch.equal(changed[0], full[0])
-    assert len(messages) == 1 and "(2, 4, 8, 8)" in messages[0] and "(1, 4, 8, 8)" in messages[0]
+    (message,) = messages()
+    assert "(2, 4, 8, 8)" in message and "(1, 4, 8, 8)" in message
 
 
-def test_another_dtype_or_batch_in_the_next_run_needs_no_action(transformer, labels):
+def test_another_dtype_or_batch_in_the_next_run_needs_no_action(transformer, labels, messages):
     apply_learned_cache(transformer, config(transformer, mixed(6)))
     call(transformer, random_inputs(ROWS), labels)
     transformer.double()
     call(transformer, random_inputs(ROWS, dtype=torch.float64), labels)
-    with warnings_of() as messages:
-        outputs = call(transformer, random_inputs(ROWS, batch=3, dtype=torch.float64), torch.tensor([1, 2, 3]))
-    assert outputs[-1].shape[0] == 3 and not messages
+    outputs = call(transformer, random_inputs(ROWS, batch=3, dtype=torch.float64), torch.tensor([1, 2, 3]))
+    assert outputs[-1].shape[0] == 3 and not messages()
 
 
 def test_inference_mode_works(transformer, labels):
@@ -346,24 +340,23 @@ def test_inference_mode_works(transformer, labels):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_a_run_that_skipped_nothing_says_so_once(transformer, labels):
+def test_a_run_that_skipped_nothing_says_so_once(transformer, labels, messages):
     apply_learned_cache(transformer, config(transformer, torch.ones(ROWS, 6, dtype=torch.bool)))
-    with warnings_of() as messages:
-        for _ in range(2):
-            call(transformer, random_inputs(ROWS), labels)
-    assert messages == ["A whole run with the learned cache skipped nothing: its table reuses nothing."]
+    for _ in range(2):
+        call(transformer, random_inputs(ROWS), labels)
+    assert messages() == ["A whole run with the learned cache skipped nothing: its table reuses nothing."]
 
 
-def test_calling_a_block_alone_computes_it_and_warns(transformer, labels):
+def test_calling_a_block_alone_computes_it_and_warns(transformer, labels, messages):
     block = transformer.transformer_blocks[0]
     tokens = torch.randn(2, 16, transformer.inner_dim)
     arguments = {"timestep": torch.tensor([5, 5]), "class_labels": labels}
     with torch.no_grad():
         expected = block(tokens, **arguments)
         apply_learned_cache(transformer, config(transformer, alternating(6)))
-        with warnings_of() as messages:
-            assert torch.equal(block(tokens, **arguments), expected)
-    assert len(messages) == 1 and "outside a call of its denoiser" in messages[0]
+        assert torch.equal(block(tokens, **arguments), expected)
+    (message,) = messages()
+    assert "outside a call of its denoiser" in message
 
 
 # What must be refused.
@@ -451,12 +444,11 @@ def test_wrong_types_are_refused(transformer):
         apply_learned_cache(torch.nn.Linear(1, 1), config(transformer, mixed(6)))
 
 
-def test_a_router_of_another_denoiser_with_the_same_units_is_named(transformer, labels):
+def test_a_router_of_another_denoiser_with_the_same_units_is_named(transformer, labels, messages):
     other = DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, num_layers=3, sample_size=8)
     router = LearnedCacheRouter.for_denoiser(other, ROWS)
-    with warnings_of() as messages:
-        apply_learned_cache(transformer, LearnedCacheConfig(router=router))
-    assert any("trained for another denoiser" in message and "parameters" in message for message in messages)
+    apply_learned_cache(transformer, LearnedCacheConfig(router=router))
+    assert any("trained for another denoiser" in message and "parameters" in message for message in messages())
 
 
 def test_an_unknown_block_class_needs_an_adapter_and_can_be_given_one(labels):
@@ -507,15 +499,14 @@ def test_an_unknown_block_class_needs_an_adapter_and_can_be_given_one(labels):
 # What is left behind.
 
 
-def test_removal_twice_warns_and_a_hook_that_was_there_stays(transformer):
+def test_removal_twice_warns_and_a_hook_that_was_there_stays(transformer, messages):
     HookRegistry.check_if_exists_or_initialize(transformer)
     registry = transformer._diffusers_hook
     apply_learned_cache(transformer, config(transformer, mixed(6)))
     remove_learned_cache(transformer)
     assert transformer._diffusers_hook is registry
-    with warnings_of() as messages:
-        remove_learned_cache(transformer)
-    assert messages == ["No learned cache is applied, so there is nothing to remove."]
+    remove_learned_cache(transformer)
+    assert messages() == ["No learned cache is applied, so there is nothing to remove."]
 
 
 def test_compiled_bodies_equal_eager_with_one_graph_per_plan_whatever_the_depth(labels):

@@ -45,7 +45,7 @@ def test_defaults_are_those_of_the_spec(router):
         ({"schedule": TABLE.float(), "unit_names": NAMES}, TypeError, "torch.bool"),
         ({"schedule": TABLE[:, :1], "unit_names": NAMES}, ValueError, "1 columns"),
         ({"schedule": TABLE, "unit_names": NAMES, "threshold": 0.5}, ValueError, "a `schedule` is used as it is"),
-        ({"router": "org/name", "compile_kwargs": {"mode": "default"}}, ValueError, "`compile_blocks`"),
+        ({"router": "org/name", "compile_kwargs": {"mode": "default"}}, ValueError, "`compile_blocks=True`"),
     ],
 )
 def test_bad_fields_are_refused_by_name_and_value(fields, error, message):

@@ -1,0 +1,237 @@
+"""The training objective: its value, its gradient, and that nothing else changes."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+
+from diffusers_ext import LearnedCacheConfig, LearnedCacheRouter, apply_learned_cache
+from diffusers_ext.learning_to_cache import LearnedCacheTrainer, RespacedDDIMScheduler
+from tests.learning_to_cache.dit_reference import call, random_inputs, reference_run
+
+
+ROWS = 6
+
+
+@pytest.fixture
+def scheduler():
+    scheduler = RespacedDDIMScheduler()
+    scheduler.set_timesteps(ROWS)
+    return scheduler
+
+
+@pytest.fixture
+def transformer(transformer):
+    return transformer.double()
+
+
+@pytest.fixture
+def router(transformer):
+    return LearnedCacheRouter.for_denoiser(transformer, ROWS).double()
+
+
+@pytest.fixture
+def data(labels):
+    generator = torch.Generator().manual_seed(5)
+    sample, noise = torch.randn(2, 2, 4, 8, 8, generator=generator, dtype=torch.float64)
+    return {"sample": sample, "noise": noise, "class_labels": labels}
+
+
+def set_scores(router, row, score):
+    with torch.no_grad():
+        router.logits[row] = torch.logit(torch.tensor(score, dtype=torch.float64))
+
+
+def test_scores_of_one_leave_no_data_term(transformer, router, scheduler, data):
+    with torch.no_grad():
+        router.logits[3] = 100.0  # sigmoid is exactly 1
+    loss = LearnedCacheTrainer(transformer, router, scheduler, regularization=0.5).loss(step=3, **data)
+    assert loss.data.item() == 0.0
+    assert loss.sparsity.item() == 6.0
+    assert loss.total.item() == 3.0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_scores_of_zero_equal_reusing_everything(transformer, router, scheduler, data, labels, reduction):
+    row = 3
+    with torch.no_grad():
+        router.logits[row] = -1000.0  # sigmoid is exactly 0
+    trainer = LearnedCacheTrainer(transformer, router, scheduler, reduction=reduction)
+    loss = trainer.loss(step=row, **data)
+    trainer.detach()
+
+    # By hand: noise to the row before, one DDIM step, and both rows with the second reusing all of the first.
+    abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0).double()
+    now, after = (abar[t] for t in scheduler.timesteps[row - 1 : row + 1])
+    noisy = now.sqrt() * data["sample"] + (1 - now).sqrt() * data["noise"]
+    times = [t.expand(2) for t in scheduler.timesteps[row - 1 : row + 1]]
+    eps = call(transformer, [(noisy, times[0])], labels)[0][:, :4]
+    clean = (noisy - (1 - now).sqrt() * eps) / now.sqrt()
+    moved = after.sqrt() * clean + (1 - after).sqrt() * eps
+    table = torch.tensor([[True] * 6, [False] * 6])
+    with torch.no_grad():
+        student = reference_run(transformer, [(noisy, times[0]), (moved, times[1])], labels, table)[1]
+    teacher = call(transformer, [(moved, times[1])], labels)[0]
+    assert teacher.shape[1] == 8  # learned sigma counts
+    squared = (student - teacher) ** 2
+    expected = squared.mean() if reduction == "mean" else squared.sum() / 2
+    # The sampler's step is computed in float32.
+    torch.testing.assert_close(loss.data, expected, rtol=1e-4, atol=0)
+    assert loss.data > 0
+
+
+def test_the_gradient_equals_central_differences_and_touches_one_row(transformer, router, scheduler, data):
+    trainer = LearnedCacheTrainer(transformer, router, scheduler, regularization=0.01)
+    trainer.loss(step=3, **data).total.backward()
+    gradient = router.logits.grad.clone()
+    assert gradient[[0, 1, 2, 4, 5]].abs().max() == 0
+    assert all(parameter.grad is None for parameter in transformer.parameters())
+    for unit in range(6):
+        values = []
+        for delta in (1e-4, -1e-4):
+            with torch.no_grad():
+                router.logits[3, unit] += delta
+                values.append(trainer.loss(step=3, **data).total)
+                router.logits[3, unit] -= delta
+        assert gradient[3, unit].item() == pytest.approx(((values[0] - values[1]) / 2e-4).item(), rel=1e-6, abs=1e-9)
+
+
+def test_a_high_price_drives_scores_to_zero_and_logits_to_their_bound(transformer, router, scheduler, data):
+    trainer = LearnedCacheTrainer(transformer, router, scheduler, regularization=10.0)
+    optimizer = torch.optim.AdamW(router.parameters(), lr=0.3, weight_decay=0)
+    untouched = router.logits[2].detach().clone()
+    for _ in range(40):
+        trainer.loss(step=3, **data).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        trainer.clamp_()
+    assert router(3).max() < 0.01
+    assert router.logits.abs().max() <= 5.0
+    assert torch.equal(router.logits[2], untouched.clamp(-5, 5))
+
+
+def test_training_lowers_the_loss_and_keeps_what_matters(transformer, router, scheduler, data):
+    """A unit whose reuse costs most is the last to go."""
+    row = 3
+    costs = []
+    for unit in range(6):
+        set_scores(router, row, [1.0 - 1e-9] * 6)
+        with torch.no_grad():
+            router.logits[row, unit] = -1000.0
+        trainer = LearnedCacheTrainer(transformer, router, scheduler, regularization=0.0)
+        costs.append(trainer.loss(step=row, **data).data.item())
+        trainer.detach()
+    set_scores(router, row, [0.5] * 6)
+    trainer = LearnedCacheTrainer(transformer, router, scheduler, regularization=sorted(costs)[3])
+    optimizer = torch.optim.AdamW(router.parameters(), lr=0.1, weight_decay=0)
+    first = trainer.loss(step=row, **data).total.item()
+    for _ in range(60):
+        loss = trainer.loss(step=row, **data)
+        loss.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.total.item() < first
+    assert int(router(row).argmax()) == int(torch.tensor(costs).argmax())
+
+
+def test_straight_through_scores_are_hard_forward_and_soft_backward(transformer, router, scheduler, data):
+    set_scores(router, 3, [0.6, 0.4, 0.6, 0.4, 0.6, 0.4])
+    trainer = LearnedCacheTrainer(transformer, router, scheduler, ste_threshold=0.5)
+    loss = trainer.loss(step=3, **data)
+    loss.total.backward()
+    assert router.logits.grad[3].abs().min() > 0
+    with torch.no_grad():
+        router.logits[3] = torch.tensor([1000.0, -1000.0] * 3)
+    hard = LearnedCacheTrainer.loss(trainer, step=3, **data)
+    torch.testing.assert_close(loss.data, hard.data, rtol=1e-9, atol=0)
+
+
+def test_guided_outputs_are_compared_with_guidance(transformer, router, scheduler, data, labels):
+    null = {"class_labels": torch.full_like(labels, 1000)}
+    row = 3
+    with torch.no_grad():
+        router.logits[row] = 1000.0
+    guided = LearnedCacheTrainer(transformer, router, scheduler, guidance_scale=3.0, null_kwargs=null)
+    assert guided.loss(step=row, **data).data.item() == 0.0
+    set_scores(router, row, [0.5] * 6)
+    with_guidance = guided.loss(step=row, **data).data
+    guided.detach()
+    without = LearnedCacheTrainer(transformer, router, scheduler).loss(step=row, **data).data
+    assert not torch.isclose(with_guidance, without, rtol=1e-3)
+
+
+def test_the_scheduler_and_the_random_state_are_left_alone(transformer, router, scheduler, data):
+    scheduler.step(torch.randn(1, 4), scheduler.timesteps[0], torch.randn(1, 4))
+    before = (scheduler.step_index, scheduler.model_outputs[0].clone())
+    trainer = LearnedCacheTrainer(transformer, router, scheduler)
+    first = trainer.loss(step=3, **data).total
+    state = torch.get_rng_state()
+    second = trainer.loss(step=3, **data).total
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert scheduler.step_index == before[0] and torch.equal(scheduler.model_outputs[0], before[1])
+
+
+def test_a_multistep_sampler_keeps_no_state_between_losses(transformer, router, data):
+    scheduler = DPMSolverMultistepScheduler(solver_order=2)
+    scheduler.set_timesteps(ROWS)
+    trainer = LearnedCacheTrainer(transformer, router, scheduler)
+    first = trainer.loss(step=3, **data).data
+    trainer.loss(step=5, **data)
+    assert torch.equal(trainer.loss(step=3, **data).data, first)
+
+
+def test_detach_leaves_the_denoiser_as_it_was(transformer, router, scheduler, data):
+    before = {name: set(vars(module)) for name, module in transformer.named_modules()}
+    inputs = random_inputs(2, dtype=torch.float64)
+    expected = call(transformer, inputs, data["class_labels"])
+    trainer = LearnedCacheTrainer(transformer, router, scheduler)
+    trainer.loss(step=1, **data)
+    trainer.detach()
+    assert {name: set(vars(module)) for name, module in transformer.named_modules()} == before
+    got = call(transformer, inputs, data["class_labels"])
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_rows_are_drawn_from_the_cached_ones_and_equally_by_equal_generators(transformer, router, scheduler):
+    trainer = LearnedCacheTrainer(transformer, router, scheduler)
+    draws = [trainer.sample_step(torch.Generator().manual_seed(seed)) for seed in range(60)]
+    assert set(draws) == {1, 3, 5}
+    assert draws == [trainer.sample_step(torch.Generator().manual_seed(seed)) for seed in range(60)]
+
+
+def test_bad_arguments_are_refused(transformer, router, scheduler, data):
+    short = RespacedDDIMScheduler()
+    with pytest.raises(ValueError, match=r"set_timesteps\(6\)"):
+        LearnedCacheTrainer(transformer, router, short)
+    short.set_timesteps(5)
+    with pytest.raises(ValueError, match="makes 5 evaluations, the router is for 6"):
+        LearnedCacheTrainer(transformer, router, short)
+    noisy = DDPMScheduler()
+    noisy.set_timesteps(ROWS)
+    with pytest.raises(ValueError, match="deterministically, DDPMScheduler"):
+        LearnedCacheTrainer(transformer, router, noisy)
+    for fields, message in (
+        ({"regularization": -1.0}, "`regularization`.*-1.0"),
+        ({"reduction": "max"}, "`reduction`.*'max'"),
+        ({"ste_threshold": 1.5}, r"\[0, 1\), got 1.5"),
+        ({"guidance_scale": 4.0}, "`guidance_scale` and `null_kwargs` go together"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LearnedCacheTrainer(transformer, router, scheduler, **fields)
+    with pytest.raises(TypeError, match="LearnedCacheRouter, got Linear"):
+        LearnedCacheTrainer(transformer, torch.nn.Linear(1, 1), scheduler)
+    with pytest.raises(ValueError, match="for_denoiser"):
+        LearnedCacheTrainer(transformer, LearnedCacheRouter(ROWS, ["a"]), scheduler)
+    trainer = LearnedCacheTrainer(transformer, router, scheduler)
+    with pytest.raises(ValueError, match=r"`step` must be one of the cached rows \[1, 3, 5\], got 2"):
+        trainer.loss(step=2, **data)
+    trainer.detach()
+    follower = LearnedCacheRouter(ROWS, router.unit_names, cached_steps=[1, 2]).double()
+    with pytest.raises(ValueError, match="`step` 2 follows cached row 1"):
+        LearnedCacheTrainer(transformer, follower, scheduler).loss(step=2, **data)
+
+
+def test_a_denoiser_with_a_cache_applied_is_refused(transformer, router, scheduler):
+    apply_learned_cache(transformer, LearnedCacheConfig(router=router))
+    with pytest.raises(ValueError, match="remove_learned_cache"):
+        LearnedCacheTrainer(transformer, router, scheduler)
