@@ -6,7 +6,6 @@ Needs no network and no GPU. Prints time, share of module calls skipped and diff
 `quickstart.png` into the current folder.
 """
 
-import logging
 import os
 import statistics
 import time
@@ -19,9 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # silent about redirects it does not do
 
 from diffusers import DiffusionPipeline  # noqa: E402  (after the environment is set)
+from diffusers.utils import logging  # noqa: E402
 
 from diffusers_ext import LearnedCacheRouter  # noqa: E402
 
@@ -46,7 +45,8 @@ class Result:
 
 
 def main() -> None:
-    torch.manual_seed(0)
+    logging.set_verbosity_error()  # `id2label` has string keys in any JSON file, which diffusers warns about
+    logging.disable_progress_bar()
     pipe = DiffusionPipeline.from_pretrained(
         EXAMPLES / "checkpoints" / "digits-dit",
         custom_pipeline=str(EXAMPLES.parent / "pipelines" / "learning_to_cache_dit.py"),

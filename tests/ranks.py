@@ -66,7 +66,7 @@ class _Files:
         joined: The rank is in the process group, and can be asked for its stack.
         returned: The pickled value that the function returned.
         raised: The traceback of what it raised.
-        stack: Where the rank was when it was asked.
+        stack: Where the rank was when it crashed or was asked.
         release: Written by the parent when all ranks have returned, the same file for all.
     """
 
@@ -204,15 +204,17 @@ def _collect(ranks: Sequence[_Rank], running: Sequence[int], reason: str) -> lis
         if files.raised.exists():
             failures[number] = files.raised.read_text()
             report.append(f"--- rank {number} raised ---\n{failures[number]}")
-        elif number in running:
-            stack = files.stack.read_text() if files.stack.exists() else ""
+            continue
+        stack = files.stack.read_text() if files.stack.exists() else ""
+        if number in running:
             report.append(f"--- rank {number} was still running ---\n{stack}")
         elif not files.returned.exists():
             failures[number] = f"exited with code {code} before its function returned"
-            report.append(f"--- rank {number} {failures[number]} ---\n")
-        elif files.release.exists() and code != 0:
-            failures[number] = f"ended with code {code} after its function had returned"
-            report.append(f"--- rank {number} {failures[number]} ---\n")
+            report.append(f"--- rank {number} {failures[number]} ---\n{stack}")
+        elif files.release.exists() and code != 0:  # without a release it was killed for what others did
+            end = f"was killed, as {reason}," if reason else f"ended with code {code}"
+            failures[number] = f"{end} after its function had returned"
+            report.append(f"--- rank {number} {failures[number]} ---\n{stack}")
     if not report:
         return [pickle.loads(rank.files.returned.read_bytes()) for rank in ranks]
     headline = []
@@ -245,9 +247,10 @@ def _run_rank(rank: int, world_size: int, port: int, work: bytes, files: _Files)
         if interface in ("lo", "lo0"):  # else gloo resolves the host name, which need not lead back to this machine
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    stack = files.stack.open("w")  # until the process ends: a crash or the parent's signal may come in any call
+    faulthandler.enable(stack)
     if hasattr(faulthandler, "register"):
-        # Open until the process ends: the signal may come in whatever call the rank hangs.
-        faulthandler.register(signal.SIGUSR1, file=files.stack.open("w"), all_threads=True)
+        faulthandler.register(signal.SIGUSR1, stack)
     try:
         import torch
         import torch.distributed as dist
