@@ -19,10 +19,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from diffusers import DiffusionPipeline  # noqa: E402  (after the environment is set)
-from diffusers.utils import logging  # noqa: E402
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 
-from diffusers_ext import LearnedCacheRouter  # noqa: E402
+from diffusers_ext import LearnedCacheRouter
 
 
 EXAMPLES = Path(__file__).resolve().parent

@@ -1,0 +1,107 @@
+"""The diffusion methods as the shared promises see them: a new method adds one entry and is held to all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the shared tests drive a method.
+
+    Attributes:
+        bases: names in `TINY_PIPELINES` that it supports.
+        apply: applies it to a stock pipeline so that its output changes; must allow any number of steps.
+        remove: takes it off.
+        effect: how much it has done since `apply` (modules skipped, bytes sent, ...), 0 before any run.
+        compiles: whether a denoiser that is compiled as a whole works under it.
+    """
+
+    bases: tuple[str, ...]
+    apply: Callable[[DiffusionPipeline], None]
+    remove: Callable[[DiffusionPipeline], None]
+    effect: Callable[[DiffusionPipeline], float]
+    compiles: bool = True
+
+
+def _apply_learned_cache(pipe: DiffusionPipeline) -> None:
+    from diffusers_ext import LearnedCacheConfig, apply_learned_cache
+    from diffusers_ext.learning_to_cache import list_units
+
+    names = tuple(list_units(pipe.transformer))
+    schedule = torch.ones(3, len(names), dtype=torch.bool)  # the tiny pipelines' number of steps
+    schedule[1] = False
+    config = LearnedCacheConfig(schedule=schedule, unit_names=names, on_step_mismatch="full")
+    apply_learned_cache(pipe, config)
+
+
+def _remove_learned_cache(pipe: DiffusionPipeline) -> None:
+    from diffusers_ext import remove_learned_cache
+
+    remove_learned_cache(pipe)
+
+
+def _skipped_modules(pipe: DiffusionPipeline) -> float:
+    from diffusers_ext.learning_to_cache import learned_cache_stats
+
+    return learned_cache_stats(pipe).reused
+
+
+METHODS: dict[str, Method] = {
+    "learned_cache": Method(("dit",), _apply_learned_cache, _remove_learned_cache, _skipped_modules),
+}
+
+CASES: list[tuple[str, str]] = [(name, base) for name, method in METHODS.items() for base in method.bases]
+
+
+def snapshot(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Everything that removal must restore, by name: each module's `__dict__` and what it holds, and the configs.
+
+    Values are compared by identity, containers of a module (`_parameters`, hooks) entry by entry.
+    """
+    found: dict[str, Any] = {}
+    for component, module in pipe.components.items():
+        if not isinstance(module, torch.nn.Module):
+            continue
+        found[f"{component} config"] = (
+            dict(getattr(module, "config", None) or {}) if hasattr(module, "config") else None
+        )
+        for name, child in module.named_modules():
+            for key, value in vars(child).items():
+                path = f"{component}.{name}:{key}"
+                found[path] = {k: id(v) for k, v in value.items()} if isinstance(value, dict) else id(value)
+                if not isinstance(value, dict):
+                    found[f"{path} held"] = _Held(value)
+    return found
+
+
+class _Held:
+    """Keeps an object alive, so that its id stays its own; equal to any other."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def class_snapshot(pipe: DiffusionPipeline) -> dict[str, int]:
+    """What is written on the classes of the pipeline and all its modules."""
+    classes = {type(pipe), DiffusionPipeline, torch.nn.Module}
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            classes |= {cls for child in module.modules() for cls in type(child).__mro__}
+    return {
+        f"{cls.__module__}.{cls.__qualname__}.{key}": id(value)
+        for cls in classes
+        for key, value in vars(cls).items()
+        if not key.startswith("_abc_")
+    }
