@@ -178,6 +178,7 @@ def train_dit(args, latents: torch.Tensor, labels: torch.Tensor) -> DiTTransform
         num_attention_heads=6,
         attention_head_dim=16,
         in_channels=4,
+        out_channels=4,  # `DiTPipeline` needs the number, though it is the default
         num_layers=8,
         sample_size=8,
         patch_size=2,

@@ -18,14 +18,16 @@ processes: `accelerate launch --multi_gpu --num_processes 2 ...` (the flag only 
 import argparse
 import logging
 import os
+import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import DiTPipeline
-from PIL import Image
+from diffusers import AutoencoderKL, DiTPipeline
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -48,6 +50,7 @@ def parse_args() -> argparse.Namespace:
         default=None,
         help="images in one folder per class, in the order of the class ids; default: scikit-learn's digits",
     )
+    parser.add_argument("--max_images", type=int, default=50_000, help="of --data_dir, drawn by the seed")
     parser.add_argument("--output_dir", type=Path, default=checkpoints / "digits-dit-router")
     parser.add_argument(
         "--work_dir", type=Path, default=Path("runs/digits-dit-router"), help="latents, resumable state"
@@ -68,26 +71,34 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_images(args: argparse.Namespace, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (n, channels, size, size) in [-1, 1] and labels (n,)."""
+def image_batches(args: argparse.Namespace, vae: AutoencoderKL, size: int) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    """Batches of images (n, channels, size, size) in [-1, 1] with their class ids, in an order drawn from the seed."""
     if args.data_dir is None:
         sys.path.insert(0, str(EXAMPLES))
         from digits import load_digit_images
 
-        return load_digit_images()
-    images, labels = [], []
-    for label, folder in enumerate(sorted(path for path in args.data_dir.iterdir() if path.is_dir())):
-        for path in sorted(folder.iterdir()):
-            with Image.open(path) as image:
-                side = min(image.size)
-                left, top = (image.width - side) // 2, (image.height - side) // 2
-                image = image.convert("RGB").crop((left, top, left + side, top + side)).resize((size, size))
-            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3)
-            images.append(pixels.permute(2, 0, 1))
-            labels.append(label)
-    if not images:
-        raise ValueError(f"--data_dir {args.data_dir} holds no folders of images.")
-    return torch.stack(images).float() / 127.5 - 1, torch.tensor(labels)
+        images, labels = load_digit_images()
+        yield from ((images[i : i + 64], labels[i : i + 64].tolist()) for i in range(0, len(images), 64))
+        return
+    folders = sorted(path for path in args.data_dir.iterdir() if path.is_dir())
+    files = [(path, label) for label, folder in enumerate(folders) for path in sorted(folder.iterdir())]
+    if not files:
+        raise ValueError(f"--data_dir must hold one folder of images per class, {args.data_dir} holds none.")
+    random.Random(args.seed).shuffle(files)
+    files = files[: args.max_images]
+    mode = "L" if vae.config.in_channels == 1 else "RGB"
+    for start in tqdm(range(0, len(files), 64), desc="encode"):
+        batch = files[start : start + 64]
+        pixels = torch.stack([read_image(path, size, mode) for path, _ in batch])
+        yield pixels, [label for _, label in batch]
+
+
+def read_image(path: Path, size: int, mode: str) -> torch.Tensor:
+    """The central square of an image file, (channels, size, size) in [-1, 1]."""
+    with Image.open(path) as image:
+        image = ImageOps.fit(image.convert(mode), (size, size), Image.Resampling.BICUBIC)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, -1)
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 @torch.no_grad()
@@ -96,16 +107,15 @@ def encode_latents(args: argparse.Namespace, pipeline: DiTPipeline, device: torc
     path = args.work_dir / "latents.safetensors"
     if path.exists():
         return path
-    size = pipeline.transformer.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    images, labels = load_images(args, size)
-    pipeline.vae.to(device)
-    latents = [
-        pipeline.vae.encode(chunk.to(device)).latent_dist.mean.cpu() * pipeline.vae.config.scaling_factor
-        for chunk in tqdm(images.split(64), desc="encode")
-    ]
+    vae = pipeline.vae.to(device)
+    size = pipeline.transformer.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    latents, labels = [], []
+    for images, batch_labels in image_batches(args, vae, size):
+        latents.append(vae.encode(images.to(device)).latent_dist.mean.cpu() * vae.config.scaling_factor)
+        labels += batch_labels
     args.work_dir.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    save_file({"latents": torch.cat(latents), "labels": labels}, unfinished)
+    save_file({"latents": torch.cat(latents), "labels": torch.tensor(labels)}, unfinished)
     os.replace(unfinished, path)
     return path
 
