@@ -60,6 +60,7 @@ def test_tested_ranges_are_those_of_the_metadata():
 
 def test_constraints_pin_every_requirement_within_its_range():
     from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
@@ -69,7 +70,7 @@ def test_constraints_pin_every_requirement_within_its_range():
     for requirement in map(Requirement, wanted):
         if requirement.name == "diffusers-ext":
             continue
-        matching = [pin for pin in pins if pin.name.lower() == requirement.name.lower().replace("_", "-")]
+        matching = [pin for pin in pins if canonicalize_name(pin.name) == canonicalize_name(requirement.name)]
         assert matching, f"{requirement.name} is not pinned"
         for pin in matching:
             assert requirement.specifier.contains(str(pin.specifier)[2:]), f"{pin} lies outside {requirement}"
