@@ -206,6 +206,7 @@ def _make_hooks(
         [len(names) for names in units],
         calls_per_step=config.calls_per_step,
         on_step_mismatch=config.on_step_mismatch,
+        compiled=config.compile_blocks,
         pipeline=pipeline,
     )
     forwards = block_forwards(adapters, config.compile_blocks, config.compile_kwargs)

@@ -31,6 +31,7 @@ class LearnedCache:
         units_per_block: units of each block, summing to M.
         calls_per_step: see `LearnedCacheConfig`.
         on_step_mismatch: see `LearnedCacheConfig`.
+        compiled: the blocks' forwards are compiled, so blocks that neither reuse nor store go through them too.
         pipeline: whose scheduler tells when a run begins and how long it is; None when only the denoiser is known.
     """
 
@@ -41,10 +42,12 @@ class LearnedCache:
         *,
         calls_per_step: int = 1,
         on_step_mismatch: str = "error",
+        compiled: bool = False,
         pipeline: DiffusionPipeline | None = None,
     ) -> None:
         self.schedule = schedule
         self.on_step_mismatch = on_step_mismatch
+        self.compiled = compiled
         self.num_rows = schedule.shape[0]
         self.states = RowStates(calls_per_step)
         self.stats = LearnedCacheRunStats()
@@ -74,10 +77,8 @@ class LearnedCache:
         self.state, context = self.states.state_of_call()
         state = self.state
         start_time = host_time
-        # On a device: one synchronisation a run, and none where the scheduler tells its beginning.
-        if host_time is None and time is not None and self._timesteps is None:
-            if state.next_row in (0, self.num_rows):
-                start_time = float(time.flatten()[0])
+        if host_time is None and time is not None and state.next_row in (0, self.num_rows):
+            start_time = float(time.flatten()[0])  # on a device: one synchronisation a run
         row: int | None = None
         if self._full_run is None:
             step_index = None if context is None else context.step_index
@@ -158,11 +159,13 @@ class LearnedCache:
         reused = plan.count(False)
         self.stats.reused += reused
         self.stats.computed += len(plan) - reused
-        if not reused and not any(kept):
+        if not reused and not any(kept) and not self.compiled:
             # Nothing to reuse now or next: the block as it is, and features of before are no longer needed.
             self.state.features.pop(index, None)
             return original_forward(*args, **kwargs)
         stored = self.state.features.get(index) or (None,) * len(plan)
+        # None where it will not be read: compiled forwards are specialised on what they get.
+        stored = tuple(None if computed else feature for computed, feature in zip(plan, stored, strict=True))
         output, features = forward(block, plan, stored, *args, **kwargs)
         if any(kept):
             self.state.features[index] = tuple(

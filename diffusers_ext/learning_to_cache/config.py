@@ -10,7 +10,7 @@ from .router import LearnedCacheRouter, check_budget, check_threshold
 from .schedule import check_schedule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
 class LearnedCacheConfig:
     """Configuration of Learning-to-Cache (Ma et al., NeurIPS 2024, https://huggingface.co/papers/2406.01733).
 
