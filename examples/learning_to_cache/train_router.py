@@ -63,6 +63,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=64, help="per process")
     parser.add_argument("--label_dropout", type=float, default=0.1)
     parser.add_argument("--guidance_scale", type=float, default=None, help="compare guided outputs instead")
+    parser.add_argument(
+        "--weigh_rows", action="store_true", help="weigh each row by what its errors do to the final sample"
+    )
     parser.add_argument("--original_embeddings", action="store_true", help="for the weights of DiT's authors")
     parser.add_argument("--checkpointing_steps", type=int, default=200)
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default=None)
@@ -161,6 +164,12 @@ def main() -> None:
         guidance_scale=args.guidance_scale,
         null_kwargs=null_kwargs,
     )
+    if args.weigh_rows:
+        generator = torch.Generator().manual_seed(args.seed)
+        index = torch.randint(len(latents), (args.batch_size,), generator=generator)
+        noise = torch.randn(latents[index].shape, generator=generator).to(accelerator.device)
+        weights = trainer.weigh_rows(noise, class_labels=labels[index].to(accelerator.device))
+        logger.info("row weights: " + " ".join(f"{weight:.1e}" for weight in weights.tolist()))
     progress = tqdm(
         range(start, args.iterations), initial=start, total=args.iterations, disable=not accelerator.is_main_process
     )

@@ -235,3 +235,39 @@ def test_a_denoiser_with_a_cache_applied_is_refused(transformer, router, schedul
     apply_learned_cache(transformer, LearnedCacheConfig(router=router))
     with pytest.raises(ValueError, match="remove_learned_cache"):
         LearnedCacheTrainer(transformer, router, scheduler)
+
+
+def test_rows_are_weighed_by_what_their_reuse_does_to_the_final_sample(transformer, router, scheduler, data, labels):
+    """By hand: a run that reuses everything at one row, against the full run and against that row's data term."""
+    noise = data["noise"]
+    trainer = LearnedCacheTrainer(transformer, router, scheduler)
+    weights = trainer.weigh_rows(noise, class_labels=labels)
+    unweighted = LearnedCacheTrainer.loss(trainer, step=3, **data)
+    trainer.row_weights = None
+    plain = trainer.loss(step=3, **data)
+    trainer.detach()
+    assert weights[[0, 2, 4]].abs().max() == 0
+    torch.testing.assert_close(unweighted.data, weights[3] * plain.data)
+    torch.testing.assert_close(unweighted.total, unweighted.data + 1e-6 * unweighted.sparsity)
+
+    def run(reused_row):
+        sampler = RespacedDDIMScheduler()
+        sampler.set_timesteps(ROWS)
+        sample, stored = noise, None
+        for row, t in enumerate(sampler.timesteps):
+            if row == reused_row:
+                table = torch.tensor([[True] * 6, [False] * 6])
+                with torch.no_grad():
+                    reused = reference_run(transformer, [stored, (sample, t.expand(2))], labels, table)[1]
+                full = call(transformer, [(sample, t.expand(2))], labels)[0]
+                distance, output = ((reused - full) ** 2).mean(), reused
+            else:
+                output = call(transformer, [(sample, t.expand(2))], labels)[0]
+            stored = (sample, t.expand(2))
+            sample = sampler.step(output[:, :4], t, sample).prev_sample
+        return sample, distance if reused_row is not None else None
+
+    full, _ = run(None)
+    for row in (1, 3, 5):
+        changed, distance = run(row)
+        torch.testing.assert_close(weights[row], ((changed - full) ** 2).mean() / distance, rtol=1e-4, atol=0)
