@@ -60,7 +60,9 @@ class LearnedCacheDiTPipeline(learning_to_cache.LearnedCacheMixin, DiTPipeline):
         guided_channels = latent_channels if guidance_channels is None else guidance_channels
         if not 1 <= guided_channels <= latent_channels:
             raise ValueError(f"`guidance_channels` must lie in 1..{latent_channels}, got {guidance_channels}.")
-        self.start_learned_cache_run(num_inference_steps)
+        with self._respaced_scheduler():
+            self.scheduler.set_timesteps(num_inference_steps)
+            self.start_learned_cache_run(len(self.scheduler.timesteps))
 
         device = self._execution_device
         size = self.transformer.config.sample_size

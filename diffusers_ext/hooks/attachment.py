@@ -44,7 +44,8 @@ def attach(root: torch.nn.Module, name: str, hooks: Sequence[tuple[torch.nn.Modu
 
     Args:
         root: the model that holds all the modules; a `torch.compile` wrapper is looked through.
-        name: registry name shared by the set, for instance `"learned_cache"`.
+        name: registry name shared by the set, for instance `"learned_cache"`. On each module the hook comes above
+            hooks attached here before, and below those of others (offload, casting), whenever they come.
         hooks: pairs (module, hook). The order matters only where a module stands twice, which is refused.
 
     Raises:
@@ -109,27 +110,46 @@ def find_hook(module: torch.nn.Module, name: str) -> ModelHook | None:
 def is_linked(module: torch.nn.Module, name: str) -> bool:
     """Whether calling the module still reaches its hook of this name.
 
-    False when something replaced the module's forward after the hook was attached: accelerate, for one, restores the
-    forward of before its own hook when an offload that was older than ours is taken off.
+    False when something replaced the module's forward after the hook was attached.
     """
     module = unwrap_module(module)
     hook = find_hook(module, name)
-    return hook is not None and _holder(module, name) is not None
+    return hook is not None and _place_of_link(module, name) is not None
 
 
 def _link(module: torch.nn.Module, hook: ModelHook, name: str) -> None:
+    """Register the hook below all hooks that are not ours, and above ours.
+
+    A hook of ours may replace what the module computes without calling its forward; an offload or casting hook must
+    then still run around it. And who takes a hook off, as `maybe_free_model_hooks` takes off accelerate's after each
+    pipeline call, restores what was below it.
+    """
     had_registry = REGISTRY_ATTRIBUTE in vars(module)
     registry = HookRegistry.check_if_exists_or_initialize(module)
-    if not registry.hooks:
+    if not hasattr(registry, _ORIGIN_ATTRIBUTE):
         origin = _Origin(had_registry=had_registry, forward=vars(module).get("forward", _ABSENT))
         setattr(registry, _ORIGIN_ATTRIBUTE, origin)
+    place = _place_of_base_forward(module, registry)
+    outer = module.forward
     try:
+        if place is not None:
+            module.forward = place.get()
         registry.register_hook(hook, name)
     except BaseException:
-        if not registry.hooks:
+        if place is not None:
+            module.forward = outer
+        if not any(_is_ours(hook) for hook in registry.hooks.values()):
             _restore_origin(module, registry)
         raise
-    setattr(hook, _LINK_ATTRIBUTE, module.forward)
+    link = module.forward
+    setattr(hook, _LINK_ATTRIBUTE, link)
+    if place is not None:
+        module.forward = outer
+        place.set(link)
+    # The registry lists its hooks from the innermost outwards.
+    position = sum(_is_ours(registry.hooks[other]) for other in registry._hook_order) - 1
+    registry._hook_order.insert(position, registry._hook_order.pop())
+    registry._fn_refs.insert(position, registry._fn_refs.pop())
 
 
 def _unlink(module: torch.nn.Module, name: str) -> None:
@@ -137,57 +157,91 @@ def _unlink(module: torch.nn.Module, name: str) -> None:
     hook = registry.hooks[name]
     index = registry._hook_order.index(name)
     reference = registry._fn_refs[index]
-    inner = reference.forward if reference.original_forward is None else reference.original_forward
-
-    replace = _holder(module, name)
-    if replace is None:
+    place = _place_of_link(module, name)
+    if place is None:
         logger.warning(
             f"The forward of {type(module).__name__} was replaced after the hook {name!r} was attached, so the hook "
             "was not running any more; its registration is removed and the forward stays as it is."
         )
     else:
-        replace(inner)
+        place.set(reference.forward if reference.original_forward is None else reference.original_forward)
     hook.deinitalize_hook(module)
     hook.fn_ref = None
     vars(hook).pop(_LINK_ATTRIBUTE, None)
     del registry.hooks[name]
     del registry._hook_order[index]
     del registry._fn_refs[index]
-    if not registry.hooks:
+    if not any(_is_ours(other) for other in registry.hooks.values()):
         _restore_origin(module, registry)
 
 
-def _holder(module: torch.nn.Module, name: str) -> Callable[[Callable], None] | None:
-    """A setter for the place that calls this hook's forward: the module, the next hook of the registry, or accelerate.
+@dataclass(frozen=True)
+class _Place:
+    """An attribute that holds the next forward inwards: the module's, accelerate's on it, or a registered hook's."""
 
-    diffusers' own removal assumes that the next hook calls it through `forward`, which is wrong for a hook with a
-    `new_forward` (it would never run again), and that nobody else wraps it.
+    holder: Any
+    attribute: str
+
+    def get(self) -> Callable:
+        return getattr(self.holder, self.attribute)
+
+    def set(self, forward: Callable) -> None:
+        setattr(self.holder, self.attribute, forward)
+
+
+def _places(module: torch.nn.Module, registry: HookRegistry, but: ModelHook | None = None) -> Iterator[_Place]:
+    """All places on the way from a call of the module inwards, in no order; `but` leaves out one hook's own.
+
+    diffusers' own removal knows the module and `forward` of the next hook only. A hook with a `new_forward` calls what
+    is below it through `original_forward`, and accelerate through an attribute of its own.
     """
-    registry = getattr(module, REGISTRY_ATTRIBUTE)
-    link = getattr(registry.hooks[name], _LINK_ATTRIBUTE, None)
-    if link is None:
-        return None
-    if vars(module).get("forward") is link:
-        return lambda forward: setattr(module, "forward", forward)
-    if vars(module).get(ACCELERATE_FORWARD_ATTRIBUTE) is link:
-        return lambda forward: setattr(module, ACCELERATE_FORWARD_ATTRIBUTE, forward)
-    for reference in registry._fn_refs[registry._hook_order.index(name) + 1 :]:
-        if reference.original_forward is link:
-            return lambda forward: setattr(reference, "original_forward", forward)
-        if reference.forward is link:
-            return lambda forward: setattr(reference, "forward", forward)
+    yield _Place(module, "forward")
+    if ACCELERATE_FORWARD_ATTRIBUTE in vars(module):
+        yield _Place(module, ACCELERATE_FORWARD_ATTRIBUTE)
+    for name, reference in zip(registry._hook_order, registry._fn_refs, strict=True):
+        if registry.hooks[name] is not but:
+            yield _Place(reference, "forward" if reference.original_forward is None else "original_forward")
+
+
+def _place_of_base_forward(module: torch.nn.Module, registry: HookRegistry) -> _Place | None:
+    """Where a hook that is not ours holds the class's forward or our topmost hook; None where the module itself does.
+
+    Also None when no place holds either, since somebody wrapped them in a way that is not known here.
+    """
+    ours = {id(getattr(hook, _LINK_ATTRIBUTE)) for hook in registry.hooks.values() if _is_ours(hook)}
+    own_references = {id(hook.fn_ref) for hook in registry.hooks.values() if _is_ours(hook)}
+    for place in _places(module, registry):
+        if id(place.holder) in own_references:
+            continue
+        forward = place.get()
+        if id(forward) in ours or _is_class_forward(forward, module):
+            return None if place.holder is module and place.attribute == "forward" else place
     return None
 
 
+def _place_of_link(module: torch.nn.Module, name: str) -> _Place | None:
+    """Where this hook's forward is called from; None when nothing calls it any more."""
+    registry = getattr(module, REGISTRY_ATTRIBUTE)
+    hook = registry.hooks[name]
+    link = getattr(hook, _LINK_ATTRIBUTE, _ABSENT)
+    return next((place for place in _places(module, registry, but=hook) if place.get() is link), None)
+
+
+def _is_ours(hook: ModelHook) -> bool:
+    return hasattr(hook, _LINK_ATTRIBUTE)
+
+
+def _is_class_forward(forward: Callable, module: torch.nn.Module) -> bool:
+    return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+
+
 def _restore_origin(module: torch.nn.Module, registry: HookRegistry) -> None:
-    origin: _Origin | None = vars(registry).pop(_ORIGIN_ATTRIBUTE, None)
-    if origin is None:
-        return
+    """After the last hook of ours: no entry in the module's `__dict__` that the class gives anyway."""
+    origin: _Origin = vars(registry).pop(_ORIGIN_ATTRIBUTE)
     forward = vars(module).get("forward", _ABSENT)
-    # A forward that the class gives anyway is what the last removal left behind.
-    if origin.forward is _ABSENT and getattr(forward, "__func__", None) is type(module).forward:
+    if forward is not origin.forward and forward is not _ABSENT and _is_class_forward(forward, module):
         del module.forward
-    if not origin.had_registry:
+    if not origin.had_registry and not registry.hooks:
         delattr(module, REGISTRY_ATTRIBUTE)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
+import glob
+import json
 import os
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,41 +33,70 @@ class HubModelMixin:
         raise TypeError(f"{type(self).__name__} must define `model_card`.")
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
         """Save config, weights (safetensors with their origin) and model card.
 
+        Weights of the same variant that an earlier save left in the folder, and that this one has not replaced, are
+        removed: they would be loaded instead of the new ones. Every other file stays.
+
         Args:
             save_directory: folder, created when missing.
-            push_to_hub: also upload the folder; `repo_id` (default: the folder's name), `commit_message`, `private`,
-                `token` and `create_pr` are passed on to `push_to_hub`.
-            **kwargs: of diffusers' `save_pretrained`: `is_main_process`, `variant`, `max_shard_size`.
+            is_main_process: False writes weights only, and neither cleans up nor uploads: of several processes that
+                save into one folder, one does that.
+            save_function: as diffusers' `save_pretrained` has it.
+            safe_serialization: must be True.
+            variant: weights are named `diffusion_pytorch_model.<variant>.safetensors`.
+            max_shard_size: weights beyond this size, such as `"5GB"` or a number of bytes, are split.
+            push_to_hub: also upload the files that were written.
+            **kwargs: with `push_to_hub`, its `repo_id` (default: the folder's name), `commit_message`, `private`,
+                `token` and `create_pr`.
 
         Raises:
+            TypeError: an unknown argument, or an argument of the upload without `push_to_hub=True`.
             ValueError: `safe_serialization=False`; pickled weights are not written.
         """
-        if not kwargs.pop("safe_serialization", True):
-            raise ValueError("`safe_serialization` must be True: only safetensors are saved.")
-        upload = {key: kwargs.pop(key) for key in _UPLOAD_ARGUMENTS if key in kwargs}
-        if upload and not push_to_hub:
-            raise TypeError(f"{sorted(upload)} belong to `push_to_hub=True`.")
+        _require_safetensors(safe_serialization)
+        if unknown := kwargs.keys() - _UPLOAD_ARGUMENTS:
+            raise TypeError(f"`save_pretrained` got unknown arguments: {', '.join(sorted(unknown))}.")
+        if kwargs and not push_to_hub:
+            raise TypeError(f"{sorted(kwargs)} belong to `push_to_hub=True`.")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as unfinished:
-            super().save_pretrained(unfinished, **kwargs)
+            super().save_pretrained(
+                unfinished,
+                is_main_process=is_main_process,
+                save_function=save_function,
+                variant=variant,
+                max_shard_size=max_shard_size,
+            )
             if self.origin is not None:
                 for weights in Path(unfinished).glob("*.safetensors"):
                     stamp_safetensors(weights, self.origin)
-            if kwargs.get("is_main_process", True):
+            if is_main_process:
                 write_model_card(unfinished, **self.model_card())
-            files = {file.name for file in Path(unfinished).iterdir()}
-            for name in files:
+            # An index comes after the shards that it names, and goes before them.
+            written = sorted(os.listdir(unfinished), key=lambda name: name.endswith(".json"))
+            for name in written:
                 os.replace(Path(unfinished, name), folder / name)
-            if kwargs.get("is_main_process", True):
-                _remove_old_weights(folder, files)
+        if not is_main_process:
+            return
+        old = _weight_files(os.listdir(folder), variant) - set(written)
+        for name in sorted(old, key=lambda name: not name.endswith(".json")):
+            (folder / name).unlink()
         if push_to_hub:
-            upload.setdefault("repo_id", folder.resolve().name)
-            self.push_to_hub(**upload, variant=kwargs.get("variant"))
+            kwargs.setdefault("repo_id", folder.resolve().name)
+            kwargs["commit_message"] = kwargs.get("commit_message") or f"Upload {type(self).__name__}"
+            _upload(folder, written, variant, **kwargs)
 
     def push_to_hub(
         self,
@@ -72,10 +105,13 @@ class HubModelMixin:
         private: bool | None = None,
         token: str | None = None,
         create_pr: bool = False,
+        safe_serialization: bool = True,
         variant: str | None = None,
         subfolder: str | None = None,
     ) -> str:
         """Upload config, weights and our card in one commit; returns its URL.
+
+        The commit deletes weights of the same variant that it does not replace.
 
         Args:
             repo_id: `"org/name"`, created when missing.
@@ -83,22 +119,27 @@ class HubModelMixin:
             private: of a new repository; None leaves the owner's default.
             token: default: the one stored by `hf auth login`.
             create_pr: open a pull request instead of committing.
+            safe_serialization: must be True.
             variant: weights are named `diffusion_pytorch_model.<variant>.safetensors`.
             subfolder: of the repository, without a card then.
-        """
-        from huggingface_hub import create_repo, upload_folder
 
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        Raises:
+            ValueError: `safe_serialization=False`; pickled weights are not uploaded.
+        """
+        _require_safetensors(safe_serialization)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant)
-            return upload_folder(
+            names = [name for name in os.listdir(folder) if not (subfolder and name == "README.md")]
+            return _upload(
+                Path(folder),
+                names,
+                variant,
                 repo_id=repo_id,
-                folder_path=folder,
-                path_in_repo=subfolder,
-                ignore_patterns=["README.md"] if subfolder else None,
                 commit_message=commit_message or f"Upload {type(self).__name__}",
+                private=private,
                 token=token,
                 create_pr=create_pr,
+                subfolder=subfolder,
             )
 
     @classmethod
@@ -112,25 +153,84 @@ class HubModelMixin:
         return loaded
 
 
-_UPLOAD_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr")
+_UPLOAD_ARGUMENTS = {"repo_id", "commit_message", "private", "token", "create_pr"}
+_WEIGHTS = "diffusion_pytorch_model"
+_SHARD = "-of-".join(["[0-9]" * 5] * 2)
 
 
-def _remove_old_weights(folder: Path, written: set[str]) -> None:
-    """Shards of an earlier save, which would be uploaded and found along with the new weights."""
-    variants = {name.partition(".")[2] for name in written if name.endswith(".safetensors")}
-    for path in folder.glob("diffusion_pytorch_model*-of-*.safetensors"):
-        if path.name not in written and path.name.partition(".")[2] in variants:
-            path.unlink()
+def _require_safetensors(safe_serialization: bool) -> None:
+    if not safe_serialization:
+        raise ValueError("`safe_serialization` must be True: only safetensors are saved.")
+
+
+def _weight_patterns(variant: str | None) -> list[str]:
+    """`fnmatch` patterns of all weight and index files that diffusers writes, or once wrote, for one variant."""
+    dot = "" if variant is None else f".{glob.escape(variant)}"
+    patterns = []
+    for suffix in ("safetensors", "bin"):
+        patterns += [
+            f"{_WEIGHTS}{dot}.{suffix}",
+            f"{_WEIGHTS}{dot}-{_SHARD}.{suffix}",
+            f"{_WEIGHTS}.{suffix}.index{dot}.json",
+            # Its older names with a variant, which it still loads; without one they are the same.
+            f"{_WEIGHTS}-{_SHARD}{dot}.{suffix}",
+            f"{_WEIGHTS}.{suffix}{dot}.index.json",
+        ]
+    return patterns
+
+
+def _weight_files(names: Iterable[str], variant: str | None) -> set[str]:
+    patterns = _weight_patterns(variant)
+    return {name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def _upload(
+    folder: Path,
+    names: Iterable[str],
+    variant: str | None,
+    *,
+    repo_id: str,
+    commit_message: str,
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+    subfolder: str | None = None,
+) -> str:
+    """Commit the named files of `folder`, and the deletion of the variant's weights that are not among them."""
+    from huggingface_hub import create_repo, upload_folder
+
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    return upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        path_in_repo=subfolder,
+        allow_patterns=[glob.escape(name) for name in names],
+        delete_patterns=_weight_patterns(variant),
+        commit_message=commit_message,
+        token=token,
+        create_pr=create_pr,
+    )
 
 
 def _find_weights(name_or_path: str | os.PathLike[str], options: dict[str, Any]) -> Path | None:
     """The file that `from_pretrained` has just read (the first shard of several), without a request."""
-    variant = f".{options['variant']}" if options.get("variant") else ""
-    name = f"diffusion_pytorch_model{variant}.safetensors"
+    if options.get("use_safetensors") is False:
+        return None
+    variant = options.get("variant")
+    dot = "" if variant is None else f".{variant}"
+    index = _find_file(f"{_WEIGHTS}.safetensors.index{dot}.json", name_or_path, options)
+    if index is None:
+        return _find_file(f"{_WEIGHTS}{dot}.safetensors", name_or_path, options)
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return _find_file(min(shards), name_or_path, options)
+
+
+def _find_file(name: str, name_or_path: str | os.PathLike[str], options: dict[str, Any]) -> Path | None:
+    """A file of the local folder, or of the repository as it lies in the Hub's cache."""
     subfolder = options.get("subfolder") or ""
-    folder = Path(name_or_path) / subfolder
-    if folder.is_dir():
-        return next((path for path in (folder / name, *sorted(folder.glob("*.safetensors"))) if path.is_file()), None)
+    if os.path.isdir(name_or_path):
+        path = Path(name_or_path, subfolder, name)
+        return path if path.is_file() else None
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(

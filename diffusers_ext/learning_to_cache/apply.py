@@ -8,12 +8,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import BoolTensor
 
-from ..hooks import attach, detach, find_hook, is_linked
+from ..hooks import attach, attached_hooks, detach, find_hook, is_linked
 from ..hooks._compat import unwrap_module
 from ..hub import describe_base, origin_difference
 from ..versions import warn_untested_versions
 from .adapters import find_unit_adapter, iterate_blocks
-from .cache import HOOK_NAME, BlockHook, DenoiserHook, LearnedCache, block_forwards
+from .cache import HOOK_NAME, TRAINER_HOOK_NAME, BlockHook, DenoiserHook, LearnedCache, block_forwards
 from .config import LearnedCacheConfig
 from .router import METHOD, LearnedCacheRouter
 from .stats import LearnedCacheRunStats
@@ -46,10 +46,13 @@ def apply_learned_cache(denoiser_or_pipeline: torch.nn.Module | DiffusionPipelin
     for denoiser in denoisers:
         _check_denoiser(denoiser)
     schedule, unit_names, router = _load_table(config)
-    hooks = [_make_hooks(denoiser, schedule, unit_names, config, pipeline) for denoiser in denoisers]
+    sampler = None if router is None else router.config.sampler
+    hooks = [_make_hooks(denoiser, schedule, unit_names, config, pipeline, sampler) for denoiser in denoisers]
     for denoiser in denoisers:
         if router is not None:
             _compare_origin(router, denoiser)
+
+    _warn_if_compiled(denoiser_or_pipeline)
 
     applied: list[torch.nn.Module] = []
     try:
@@ -168,6 +171,8 @@ def _check_denoiser(denoiser: torch.nn.Module) -> None:
     name = type(denoiser).__name__
     if find_hook(denoiser, HOOK_NAME) is not None:
         raise ValueError(f"A learned cache is already applied to this {name}; call `remove_learned_cache` first.")
+    if next(attached_hooks(denoiser, TRAINER_HOOK_NAME), None) is not None:
+        raise ValueError(f"This {name} carries the hooks of a LearnedCacheTrainer; call its `detach()` first.")
     if getattr(denoiser, "is_cache_enabled", False):
         raise ValueError(
             f"This {name} already has a cache enabled ({type(denoiser._cache_config).__name__}); call "
@@ -180,9 +185,24 @@ def _check_denoiser(denoiser: torch.nn.Module) -> None:
         )
 
 
+def _warn_if_compiled(denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline) -> None:
+    """A denoiser compiled as a whole runs eagerly under the cache, whose hook decides in Python at each call."""
+    candidates = [denoiser_or_pipeline]
+    if isinstance(denoiser_or_pipeline, DiffusionPipeline):
+        candidates = [getattr(denoiser_or_pipeline, name, None) for name in ("transformer", "transformer_2")]
+    for module in candidates:
+        if isinstance(module, torch.nn.Module) and (
+            unwrap_module(module) is not module or module._compiled_call_impl is not None
+        ):
+            logger.warning(
+                "The denoiser is compiled as a whole; with a learned cache it runs eagerly. Give "
+                "`compile_blocks=True` instead, which compiles its blocks."
+            )
+
+
 def _load_table(config: LearnedCacheConfig) -> tuple[BoolTensor, list[str], LearnedCacheRouter | None]:
     if config.schedule is not None:
-        return config.schedule.cpu(), list(config.unit_names), None
+        return config.schedule, list(config.unit_names), None
     router = config.router
     if isinstance(router, str | os.PathLike):
         router = LearnedCacheRouter.from_pretrained(router)
@@ -195,6 +215,7 @@ def _make_hooks(
     unit_names: list[str],
     config: LearnedCacheConfig,
     pipeline: DiffusionPipeline | None,
+    sampler: str | None,
 ) -> list[tuple[torch.nn.Module, Any]]:
     blocks = list(iterate_blocks(denoiser))
     adapters = [find_unit_adapter(block) for _, block in blocks]
@@ -208,6 +229,7 @@ def _make_hooks(
         on_step_mismatch=config.on_step_mismatch,
         compiled=config.compile_blocks,
         pipeline=pipeline,
+        sampler=sampler,
     )
     forwards = block_forwards(adapters, config.compile_blocks, config.compile_kwargs)
     pairs: list[tuple[torch.nn.Module, Any]] = [(denoiser, DenoiserHook(cache))]

@@ -3,7 +3,6 @@
 import inspect
 import logging
 import time as clock
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import BoolTensor, Tensor
 from ..hooks import GuardedHook
 from .adapters import UnitAdapter
 from .rows import RowState, RowStates, StepMismatchError, locate_row
+from .sampler_watch import SamplerWatch
 from .schedule import stored_units
 from .stats import LearnedCacheRunStats
 
@@ -21,6 +21,7 @@ from .stats import LearnedCacheRunStats
 logger = logging.getLogger(__name__)
 
 HOOK_NAME = "learned_cache"
+TRAINER_HOOK_NAME = "learned_cache_trainer"
 
 
 class LearnedCache:
@@ -33,6 +34,7 @@ class LearnedCache:
         on_step_mismatch: see `LearnedCacheConfig`.
         compiled: the blocks' forwards are compiled, so blocks that neither reuse nor store go through them too.
         pipeline: whose scheduler tells when a run begins and how long it is; None when only the denoiser is known.
+        sampler: class name of the scheduler that the table was made for, None when unknown.
     """
 
     def __init__(
@@ -44,22 +46,25 @@ class LearnedCache:
         on_step_mismatch: str = "error",
         compiled: bool = False,
         pipeline: DiffusionPipeline | None = None,
+        sampler: str | None = None,
     ) -> None:
-        self.schedule = schedule
         self.on_step_mismatch = on_step_mismatch
         self.compiled = compiled
+        self.sampler = sampler
         self.num_rows = schedule.shape[0]
         self.states = RowStates(calls_per_step)
         self.stats = LearnedCacheRunStats()
         # Per row and block, as Python bools: no tensor is read while sampling.
         self._plans = _rows_of_blocks(schedule, units_per_block)
         self._stored = _rows_of_blocks(stored_units(schedule), units_per_block)
+        self._reusing_rows = [not computed for computed in schedule.all(dim=1).tolist()]
         self._all_computed = [tuple([True] * count) for count in units_per_block]
-        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
-        self._timesteps: Any = None  # the scheduler's own, kept to recognise a fresh set by identity
+        self._watch = SamplerWatch(pipeline)
         self._full_run: str | None = None  # why the present run computes everything
         self._last_time: float | None = None
-        self._reused_at_start_of_run = 0
+        self._contexts_begun: set[int] = set()
+        self._runs_of_one_call = 0
+        self._reused_before_run = 0
         self._warned: set[str] = set()
         # The call in progress; None between calls.
         self.state: RowState | None = None
@@ -68,41 +73,58 @@ class LearnedCache:
 
     def begin(self, time: float | Tensor | None, signature: tuple) -> None:
         """A denoiser call begins: find its row. `time` is its timestep (read from a device only where needed)."""
-        self._look_at_scheduler()
         host_time = _host_time(time)
-        if host_time is not None:
-            if self._last_time is not None and host_time > self._last_time and self.states.calls_per_step > 1:
+        fresh = self._watch.look(host_time)
+        if fresh:
+            self.states.restart()
+            self._contexts_begun.clear()
+            self._full_run = self.check_num_rows(len(self._watch.grid))
+            self._compare_sampler()
+        elif host_time is not None and self._last_time is not None and host_time > self._last_time:
+            if self.states.calls_per_step > 1:
                 self.states.restart()
-            self._last_time = host_time
-        self.state, context = self.states.state_of_call()
-        state = self.state
-        start_time = host_time
-        if host_time is None and time is not None and state.next_row in (0, self.num_rows):
-            start_time = float(time.flatten()[0])  # on a device: one synchronisation a run
-        row: int | None = None
+        if self._watch.grid is None:
+            self._full_run = None
+        self._last_time = host_time
+        self.state, context = self.states.state_of_call(host_time)
+        self.row = None
         if self._full_run is None:
-            step_index = None if context is None else context.step_index
-            try:
-                row = locate_row(state, self.num_rows, start_time, step_index)
-            except StepMismatchError as mismatch:
-                if self.on_step_mismatch == "error":
-                    raise
-                self._warn_once(f"{mismatch} Such evaluations are computed in full.", key="mismatch")
-        self.row = row
-        state.time = host_time
-        if row is None:
-            state.features.clear()
-            state.next_row = self.num_rows
-            self._in_full = True
-            self._count_full("more evaluations than the table" if self._full_run is None else self._full_run)
+            self._find_row(host_time, time, None if context is None else context.step_index)
+        self.state.time = host_time
+        if self.row is None:
+            self.state.features.clear()
+            self.state.next_row = self.num_rows
+            self._count_full(self._full_run or "more evaluations than the table")
+            if fresh:
+                self.stats.runs += 1
             return
-        if row == 0:
-            state.features.clear()
-            state.start_time = start_time
+        self._check_features(signature)
+
+    def _find_row(self, host_time: float | None, time: float | Tensor | None, step_index: int | None) -> None:
+        """Set `row`, unless the run is longer than the table and that is allowed."""
+        state = self.state
+        known_time = host_time
+        if host_time is None and time is not None and state.next_row in (0, self.num_rows):
+            known_time = float(time.flatten()[0])  # on a device: one synchronisation a run
+        try:
+            row = locate_row(state, self.num_rows, known_time, step_index, self._watch.grid)
+        except StepMismatchError as mismatch:
+            if self.on_step_mismatch == "error":
+                raise
+            self._warn_once(f"{mismatch} Such evaluations are computed in full.", key="mismatch")
+            return
+        if state.next_row == 0 and host_time is None and self._watch.grid is not None:
+            row = self._watch.first_row
+        if row == 0 or row < state.next_row or state.next_row == 0:
             self._begin_run()
-        elif row != state.next_row:
+            state.start_time = known_time
+        if row == 0 or row != state.next_row:
             state.features.clear()
-        self._in_full = False
+        self.row = row
+
+    def _check_features(self, signature: tuple) -> None:
+        """Drop stored features that do not fit the input, and compute in full where there are none."""
+        state = self.state
         if state.features and state.signature != signature:
             state.features.clear()
             self._warn_once(
@@ -110,8 +132,8 @@ class LearnedCache:
                 "features are dropped and this evaluation is computed in full."
             )
         state.signature = signature
-        if row > 0 and not state.features and not bool(self.schedule[row].all()):
-            self._in_full = True
+        self._in_full = self.row > 0 and not state.features and self._reusing_rows[self.row]
+        if self._in_full:
             self._count_full("no stored features")
 
     def end(self) -> None:
@@ -127,12 +149,13 @@ class LearnedCache:
         """The call failed: the next one begins a new run."""
         self.state = self.row = None
         self._last_time = None
+        self._contexts_begun.clear()
         self.states.restart()
 
     def reset(self) -> None:
         """Drop all features; the next call is row 0 of a new run."""
         self.abandon()
-        self._timesteps = None
+        self._watch.forget()
         self._full_run = None
 
     def run_block(
@@ -188,26 +211,32 @@ class LearnedCache:
         self._warn_once(message + ". The run is computed in full.")
         return "another number of evaluations than the table"
 
-    def _look_at_scheduler(self) -> None:
-        """A fresh set of timesteps in the pipeline's scheduler begins a run, whatever was left of the last."""
-        pipeline = None if self._pipeline is None else self._pipeline()
-        timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
-        if timesteps is None or timesteps is self._timesteps:
-            return
-        self.states.restart()
-        self._last_time = None
-        self._full_run = self.check_num_rows(len(timesteps))
-        self._timesteps = timesteps
-        if self._full_run is not None:
-            self.stats.runs += 1
+    def _compare_sampler(self) -> None:
+        present = type(self._watch.scheduler).__name__
+        if self.sampler is not None and present != self.sampler:
+            self._warn_once(
+                f"The router was trained on the timesteps of {self.sampler}, the pipeline samples with {present}; its "
+                f"quality here is not known. Set `pipe.scheduler = {self.sampler}.from_config(pipe.scheduler.config)`."
+            )
 
     def _begin_run(self) -> None:
-        self.stats.runs += 1
-        self._reused_at_start_of_run = self.stats.reused
+        """Row 0 of a context: a new run, unless another context of the same run began before."""
+        context = id(self.state)
+        if context in self._contexts_begun or not self._contexts_begun:
+            self._contexts_begun.clear()
+            self.stats.runs += 1
+            self._reused_before_run = self.stats.reused
+        self._contexts_begun.add(context)
+        self._runs_of_one_call = self._runs_of_one_call + 1 if self.state.next_row == 1 < self.num_rows else 0
+        if self._runs_of_one_call == 3:
+            self._warn_once(
+                "Several runs in a row ended after one denoiser evaluation, so the learned cache reused nothing. "
+                "Timesteps must descend within a run."
+            )
 
     def _warn_if_nothing_was_reused(self) -> None:
-        if self.stats.reused == self._reused_at_start_of_run:
-            reason = "its table reuses nothing" if bool(self.schedule.all()) else f"{self.stats.reasons}"
+        if self.stats.reused == self._reused_before_run:
+            reason = str(self.stats.reasons) if any(self._reusing_rows) else "its table reuses nothing"
             self._warn_once(f"A whole run with the learned cache skipped nothing: {reason}.")
 
     def _count_full(self, reason: str) -> None:

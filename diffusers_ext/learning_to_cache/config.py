@@ -79,6 +79,8 @@ class LearnedCacheConfig:
             raise ValueError(f"`calls_per_step` must be an integer of at least 1, got {self.calls_per_step!r}.")
         if self.on_step_mismatch not in ("error", "full"):
             raise ValueError(f"`on_step_mismatch` must be 'error' or 'full', got {self.on_step_mismatch!r}.")
+        if not isinstance(self.compile_blocks, bool):
+            raise TypeError(f"`compile_blocks` must be True or False, got {self.compile_blocks!r}.")
         if self.reuse != "hold":
             raise ValueError(f"`reuse` must be 'hold', got {self.reuse!r}.")
         if self.compile_kwargs is not None and not self.compile_blocks:
@@ -87,10 +89,13 @@ class LearnedCacheConfig:
     def _check_table(self) -> None:
         if self.unit_names is None:
             raise ValueError("`schedule` needs `unit_names`, one name per column (see `list_units`), got None.")
+        if isinstance(self.unit_names, str):
+            raise TypeError(f"`unit_names` must be a tuple of names, got the string {self.unit_names!r}.")
         object.__setattr__(self, "unit_names", tuple(self.unit_names))
         if len(set(self.unit_names)) != len(self.unit_names):
             repeated = sorted({name for name in self.unit_names if self.unit_names.count(name) > 1})
             raise ValueError(f"`unit_names` must hold each name once, got {repeated} more than once.")
         check_schedule(self.schedule, self.unit_names)
+        object.__setattr__(self, "schedule", self.schedule.detach().cpu().clone())  # the caller's may change later
         if self.threshold is not None or self.budget is not None:
             raise ValueError("`threshold` and `budget` apply to a router's scores; a `schedule` is used as it is.")

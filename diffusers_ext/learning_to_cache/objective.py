@@ -14,7 +14,8 @@ class LearnedCacheLoss(BaseOutput):
 
     Attributes:
         total: `data + regularization * sparsity`.
-        data: distance between the output with mixed units and the output with all computed.
+        data: distance between the output with mixed units and the output with all computed, times the row's weight
+            where the trainer has weights.
         sparsity: sum of the row's scores, the expected number of computed units.
     """
 

@@ -1,5 +1,6 @@
 """DDIM on the grid that the released DiT routers were trained on."""
 
+import inspect
 import logging
 from typing import Any
 
@@ -55,11 +56,14 @@ class RespacedDDIMScheduler(DPMSolverMultistepScheduler):
 
     @classmethod
     def from_config(cls, config: Any = None, **kwargs: Any) -> Any:
-        """Take over another scheduler's noise schedule; what it has beyond that does not apply to this grid."""
-        if config is not None and config.get("clip_sample", False):
-            logger.warning(
-                "`clip_sample` of the given scheduler is not taken over: RespacedDDIMScheduler never clips."
-            )
+        """Take over another scheduler's noise schedule. Its solver, spacing and clipping are not DDIM's here."""
+        if config is not None:
+            lost = [name for name in ("clip_sample", "thresholding") if config.get(name, False)]
+            if lost:
+                logger.warning(f"{lost} of the given scheduler is not taken over: RespacedDDIMScheduler never clips.")
+            # diffusers would keep the other keys as hidden config, over what the constructor sets.
+            own = inspect.signature(cls.__init__).parameters
+            config = {key: value for key, value in config.items() if key in own or key.startswith("_")}
         return super().from_config(config, **kwargs)
 
     def set_timesteps(

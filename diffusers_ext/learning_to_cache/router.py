@@ -19,13 +19,17 @@ METHOD = "learning_to_cache"
 
 
 def check_threshold(threshold: float) -> None:
-    """Raises `ValueError` unless the threshold lies in [0, 1)."""
+    """Raises `TypeError` or `ValueError` unless the threshold is a number in [0, 1)."""
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+        raise TypeError(f"`threshold` must be a number in [0, 1), got {threshold!r}.")
     if not 0 <= threshold < 1:
         raise ValueError(f"`threshold` must lie in [0, 1), got {threshold}.")
 
 
 def check_budget(budget: float) -> None:
-    """Raises `ValueError` unless the budget lies in (0, 1]."""
+    """Raises `TypeError` or `ValueError` unless the budget is a number in (0, 1]."""
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise TypeError(f"`budget` must be a number in (0, 1], got {budget!r}.")
     if not 0 < budget <= 1:
         raise ValueError(f"`budget` must lie in (0, 1], got {budget}.")
 
@@ -201,7 +205,8 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
             "base_model_relation": "adapter" if self.config.base_model is not None else None,
             "arxiv_id": "2406.01733",
             "usage": (
-                "from diffusers_ext import LearnedCacheConfig, LearnedCacheRouter, apply_learned_cache\n\n"
+                "from diffusers_ext import LearnedCacheConfig, LearnedCacheRouter, apply_learned_cache\n"
+                f"{_sampler_usage(self.config.sampler)}\n"
                 'router = LearnedCacheRouter.from_pretrained("org/name", revision="commit id")\n'
                 "apply_learned_cache(pipe, LearnedCacheConfig(router=router))"
             ),
@@ -211,6 +216,14 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
                 )
             },
         }
+
+
+def _sampler_usage(sampler: str | None) -> str:
+    """The lines of a card's code that set the sampler whose grid the router was trained on."""
+    if sampler is None:
+        return ""
+    module = "diffusers_ext.learning_to_cache" if sampler == "RespacedDDIMScheduler" else "diffusers"
+    return f"from {module} import {sampler}\n\npipe.scheduler = {sampler}.from_config(pipe.scheduler.config)"
 
 
 _SHARED_CONFIG = ("threshold", "base_model", "denoiser_class", "sampler", "logit_bound")

@@ -8,6 +8,7 @@ of timesteps in the pipeline's scheduler, or the timesteps themselves, which des
 from typing import Any
 
 from ..hooks._compat import BaseState, CacheContext, StateManager
+from .sampler_watch import rows_at
 
 
 class StepMismatchError(ValueError):
@@ -47,16 +48,28 @@ class RowStates(StateManager):
         super().__init__(RowState)
         self.calls_per_step = calls_per_step
         self._turn = 0
+        self._time_of_turns: float | None = None
 
-    def state_of_call(self) -> tuple[RowState, CacheContext | None]:
-        """The state of the call that begins now. Call once per denoiser call: it takes the next turn."""
+    def state_of_call(self, time: float | None = None) -> tuple[RowState, CacheContext | None]:
+        """The state of the call that begins now. Call once per denoiser call: it takes the next turn.
+
+        Raises:
+            StepMismatchError: the turns of one evaluation have different timesteps.
+        """
         if self._context is not None:
             return self.get_state(), self._context
         if self.calls_per_step == 1:
-            name = "default"
-        else:
-            name = f"call {self._turn}"
-            self._turn = (self._turn + 1) % self.calls_per_step
+            return self._state_cache.setdefault("default", RowState()), None
+        if self._turn == 0:
+            self._time_of_turns = time
+        elif time != self._time_of_turns:
+            raise StepMismatchError(
+                f"`calls_per_step` is {self.calls_per_step}, but call {self._turn + 1} of an evaluation came at "
+                f"timestep {time:g} after {self._time_of_turns:g}. Give the number of calls that the sampling loop "
+                "makes at each timestep (1 without guidance)."
+            )
+        name = f"call {self._turn}"
+        self._turn = (self._turn + 1) % self.calls_per_step
         return self._state_cache.setdefault(name, RowState()), None
 
     def restart(self) -> None:
@@ -69,7 +82,13 @@ class RowStates(StateManager):
         self._turn = 0
 
 
-def locate_row(state: RowState, num_rows: int, time: float | None, step_index: int | None = None) -> int:
+def locate_row(
+    state: RowState,
+    num_rows: int,
+    time: float | None,
+    step_index: int | None = None,
+    grid: list[float] | None = None,
+) -> int:
     """The row of a call that found `state` as the last call in its context left it.
 
     Args:
@@ -78,6 +97,7 @@ def locate_row(state: RowState, num_rows: int, time: float | None, step_index: i
         time: timestep of the call. None where it is on a device and was not read: only the first call of a run and
             the one after the last are worth a synchronisation.
         step_index: of the cache context, when the pipeline gives it.
+        grid: the run's timesteps, N of them, where a scheduler is known. Without, timesteps must descend.
 
     Returns:
         0..N-1; 0 also when a new run began before the last one was complete.
@@ -91,6 +111,10 @@ def locate_row(state: RowState, num_rows: int, time: float | None, step_index: i
                 f"The pipeline is at step {step_index}, but the learned cache has a table of {num_rows} evaluations."
             )
         return step_index
+    if grid is not None and time is not None:
+        rows = rows_at(grid, time)
+        if rows:
+            return state.next_row if state.next_row in rows else rows[0]
     if state.next_row == 0:
         return 0
     if time is None or state.time is None:

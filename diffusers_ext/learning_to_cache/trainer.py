@@ -11,12 +11,9 @@ from torch import Tensor, nn
 from ..hooks import GuardedHook, attach, detach, find_hook
 from ..hooks._compat import unwrap_module
 from .adapters import Features, find_unit_adapter, iterate_blocks, list_units
-from .cache import HOOK_NAME
+from .cache import HOOK_NAME, TRAINER_HOOK_NAME
 from .objective import LearnedCacheLoss, output_distance, straight_through
 from .router import LearnedCacheRouter, check_threshold
-
-
-_HOOK_NAME = "learned_cache_trainer"
 
 
 class LearnedCacheTrainer:
@@ -92,14 +89,14 @@ class LearnedCacheTrainer:
             )
         if getattr(denoiser, "is_gradient_checkpointing", False):
             raise ValueError("Gradient checkpointing calls blocks twice; call `disable_gradient_checkpointing()`.")
-        self.denoiser = denoiser.requires_grad_(False).eval()
+        self._scheduler = _fresh_scheduler(scheduler, self._plain_router.num_steps)
+        self.denoiser = denoiser.requires_grad_(False).eval()  # last: what was refused above is left as it was
         self.router = router
         self.regularization = regularization
         self.reduction = reduction
         self.ste_threshold = ste_threshold
         self.guidance_scale = guidance_scale
         self.null_kwargs = null_kwargs or {}
-        self._scheduler = _fresh_scheduler(scheduler, self._plain_router.num_steps)
         self.timesteps: Tensor = self._scheduler.timesteps
         self.row_weights: Tensor | None = None
         self._rows = set(self._plain_router.cached_steps)
@@ -114,7 +111,7 @@ class LearnedCacheTrainer:
             self._hooks.append(hook)
             pairs.append((block, hook))
             start += count
-        attach(denoiser, _HOOK_NAME, pairs)
+        attach(denoiser, TRAINER_HOOK_NAME, pairs)
 
     def sample_step(self, generator: torch.Generator | None = None) -> int:
         """A cached row, uniformly drawn. On several processes give equal generators: all train the same row."""
@@ -127,6 +124,7 @@ class LearnedCacheTrainer:
         step: int,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        from_sampler: bool = False,
         **denoiser_kwargs: Any,
     ) -> LearnedCacheLoss:
         """The objective at one cached row.
@@ -140,6 +138,8 @@ class LearnedCacheTrainer:
             step: cached row m, one of the router's `cached_steps`.
             noise: like `sample`, the noise at row m - 1; drawn when not given.
             generator: for that draw.
+            from_sampler: `sample` is no clean latent but the sampler's own state at row m - 1, see
+                `sample_trajectory`: training without data, at the states that inference will meet.
             **denoiser_kwargs: conditions, passed unchanged to all passes, with any drops already applied.
 
         Returns:
@@ -152,7 +152,9 @@ class LearnedCacheTrainer:
             raise ValueError(f"`step` must be one of the cached rows {sorted(self._rows)}, got {step}.")
         if step - 1 in self._rows:
             raise ValueError(f"`step` {step} follows cached row {step - 1}; training needs a full row before it.")
-        if noise is None:
+        if from_sampler and noise is not None:
+            raise ValueError("`from_sampler` takes the sample as it is; give no `noise`.")
+        if noise is None and not from_sampler:
             noise = torch.randn(sample.shape, generator=generator, dtype=sample.dtype).to(sample.device)
         with torch.no_grad():
             moved = self._to_next_row(sample, noise, step, denoiser_kwargs)
@@ -168,6 +170,20 @@ class LearnedCacheTrainer:
         return LearnedCacheLoss(total=data + self.regularization * sparsity, data=data, sparsity=sparsity)
 
     @torch.no_grad()
+    def sample_trajectory(self, noise: Tensor, **denoiser_kwargs: Any) -> Tensor:
+        """The states of a fully computed run, for `loss(..., from_sampler=True)`.
+
+        Args:
+            noise: (batch, ...), standard normal.
+            **denoiser_kwargs: conditions.
+
+        Returns:
+            (N, batch, ...): row r holds what the denoiser gets at row r.
+        """
+        states, _, _ = self._sample(noise, None, denoiser_kwargs)
+        return states
+
+    @torch.no_grad()
     def weigh_rows(self, noise: Tensor, **denoiser_kwargs: Any) -> Tensor:
         """Weigh each row's data term by what its errors do to the final sample. Beyond the paper.
 
@@ -180,16 +196,16 @@ class LearnedCacheTrainer:
         Costs N evaluations for each cached row and N more.
 
         Args:
-            noise: (batch, ...), the initial noise of the runs; some dozen samples are enough.
+            noise: (batch, ...), standard normal, where the runs begin; some dozen samples are enough.
             **denoiser_kwargs: conditions.
 
         Returns:
             (N,), also kept as `row_weights` and used by `loss` from now on; 0 outside the cached rows.
         """
-        full, _ = self._sample(noise, None, denoiser_kwargs)
+        _, full, _ = self._sample(noise, None, denoiser_kwargs)
         weights = torch.zeros(len(self.timesteps), dtype=full.dtype)
         for row in sorted(self._rows):
-            changed, distance = self._sample(noise, row, denoiser_kwargs)
+            _, changed, distance = self._sample(noise, row, denoiser_kwargs)
             weights[row] = (changed - full).square().mean() / distance if distance > 0 else 0.0
         self.row_weights = weights
         return weights
@@ -203,24 +219,27 @@ class LearnedCacheTrainer:
 
     def detach(self) -> None:
         """Remove the hooks from the denoiser. The trainer cannot be used afterwards."""
-        detach(self.denoiser, _HOOK_NAME)
+        detach(self.denoiser, TRAINER_HOOK_NAME)
 
-    def _to_next_row(self, sample: Tensor, noise: Tensor, step: int, denoiser_kwargs: dict[str, Any]) -> Tensor:
+    def _to_next_row(self, sample: Tensor, noise: Tensor | None, step: int, denoiser_kwargs: dict[str, Any]) -> Tensor:
         """Noise to row `step - 1`, store its unit outputs, and make the sampler's own step to row `step`."""
         scheduler = copy.deepcopy(self._scheduler)
         timestep = self.timesteps[step - 1]
-        add_noise = getattr(scheduler, "add_noise", None) or scheduler.scale_noise
-        noisy = add_noise(sample, noise, timestep.expand(len(sample)).to(sample.device))
+        noisy = sample
+        if noise is not None:
+            add_noise = getattr(scheduler, "add_noise", None) or scheduler.scale_noise
+            noisy = add_noise(sample, noise, timestep.expand(len(sample)).to(sample.device))
         output = self._denoise(noisy, step - 1, denoiser_kwargs, _MixingHook.record)
         return scheduler.step(_without_sigma(output, sample), timestep, noisy).prev_sample
 
     def _sample(
         self, noise: Tensor, reusing_row: int | None, denoiser_kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """A run of the sampler from noise in which one row reuses everything; and that row's data term."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A run in which one row reuses everything: its states, the final sample, and that row's data term."""
         scheduler = copy.deepcopy(self._scheduler)
-        sample, distance = noise, None
+        sample, states, distance = noise * scheduler.init_noise_sigma, [], None
         for row, timestep in enumerate(self.timesteps):
+            states.append(sample)
             recording = reusing_row is not None and row == reusing_row - 1
             mode = _MixingHook.record if recording else _MixingHook.pass_through
             output = self._denoise(sample, row, denoiser_kwargs, mode)
@@ -230,7 +249,7 @@ class LearnedCacheTrainer:
                 distance = output_distance(output, reused, self.reduction)
                 output = reused
             sample = scheduler.step(_without_sigma(output, sample), timestep, sample).prev_sample
-        return sample, distance
+        return torch.stack(states), sample, distance
 
     def _denoise_mixed(self, sample: Tensor, row: int, denoiser_kwargs: dict[str, Any], betas: Tensor) -> Tensor:
         """The output with each unit mixed from its computed and its stored output, which is forgotten then."""
@@ -308,16 +327,30 @@ def _fresh_scheduler(scheduler: Any, num_steps: int) -> Any:
             f"`scheduler` makes {len(scheduler.timesteps)} evaluations, the router is for {num_steps}; call "
             f"`scheduler.set_timesteps({num_steps})`."
         )
-    if type(scheduler).__name__ == "DDPMScheduler" or "sde" in str(scheduler.config.get("algorithm_type", "")):
-        raise ValueError(
-            f"`scheduler` must step deterministically, {type(scheduler).__name__} draws noise; use the sampler's ODE "
-            "form, for instance RespacedDDIMScheduler."
-        )
     fresh = copy.deepcopy(scheduler)
     fresh.set_timesteps(scheduler.num_inference_steps)
     if not torch.equal(fresh.timesteps.cpu(), scheduler.timesteps.cpu()):
         fresh.set_timesteps(timesteps=scheduler.timesteps.tolist())
+    _check_deterministic(fresh)
     return fresh
+
+
+def _check_deterministic(scheduler: Any) -> None:
+    """Raises `ValueError` for a sampler whose step draws noise: training would not meet the states of inference."""
+    with torch.random.fork_rng(devices=[]):
+        ends = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            stepper, state = copy.deepcopy(scheduler), torch.ones(1, 1, 2, 2)
+            for timestep in scheduler.timesteps[:2]:
+                model_input = stepper.scale_model_input(state, timestep)
+                state = stepper.step(0.1 * model_input, timestep, state).prev_sample
+            ends.append(state)
+    if not torch.equal(*ends):
+        raise ValueError(
+            f"`scheduler` must step deterministically, {type(scheduler).__name__} draws noise; use the sampler's ODE "
+            "form, for instance RespacedDDIMScheduler."
+        )
 
 
 def _without_sigma(output: Tensor, sample: Tensor) -> Tensor:

@@ -2,8 +2,12 @@
 
     python examples/checkpoints/train_digits_dit.py
     accelerate launch examples/checkpoints/train_digits_dit.py --mixed_precision bf16      # the same on a GPU
+    accelerate launch --multi_gpu --num_processes 2 examples/checkpoints/train_digits_dit.py
 
-Four stages, each skipped when its result is there, so the same command resumes after an interruption:
+The last runs two processes, on the CPU where there is no GPU; batch sizes are per process.
+
+Four stages. The same command resumes after an interruption: the first two continue from their newest state, and train
+no more when they are finished; the last two are always done anew. Other arguments need another `--work_dir`.
 
 1. `vae`: an `AutoencoderKL` on scikit-learn's 1,797 digits, enlarged from 8x8 to 32x32 and slightly moved and turned;
 2. `dit`: a `DiTTransformer2DModel` on its latents (4x8x8) with classifier-free label dropout and EMA;
@@ -25,6 +29,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from torch import nn
 from tqdm.auto import tqdm
 
 from diffusers_ext.hub import write_model_card
@@ -34,12 +39,29 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # examples/
 
 from digits import CLASS_NAMES, IMAGE_SIZE, DigitClassifier, load_digit_images, move_and_turn  # noqa: E402
+from resumable import resume, save_state  # noqa: E402
 
 
 logger = get_logger(__name__)
 
 # `DiTPipeline` writes 1000 as the label of "no class", so the embedding table has ImageNet's size; ten rows are used.
 NULL_CLASS = 1000
+
+LATENT_CHANNELS, LATENT_SIZE = 4, 8
+
+# What the weights of a stage depend on: a state made with others is refused.
+VAE_ARGUMENTS = ("vae_steps", "vae_batch_size", "vae_learning_rate", "kl_weight", "ema_decay", "seed")
+STAGE_ARGUMENTS = {
+    "vae": VAE_ARGUMENTS,
+    "dit": (
+        *VAE_ARGUMENTS,
+        "dit_steps",
+        "dit_batch_size",
+        "dit_learning_rate",
+        "label_dropout",
+        "augmentations",
+    ),
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -70,35 +92,15 @@ def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
 
 
-def latest_state(folder: Path) -> tuple[Path | None, int]:
-    """The newest `step-<n>` folder that `save_state` has finished, and n."""
-    states = [(int(path.name[5:]), path) for path in folder.glob("step-*") if (path / "done").exists()]
-    step, path = max(states, default=(0, None))
-    return path, step
-
-
-def save_state(accelerator: Accelerator, folder: Path, step: int) -> None:
-    path = folder / f"step-{step}"
-    accelerator.save_state(str(path))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (path / "done").touch()
-        for old in sorted(folder.glob("step-*"), key=lambda p: int(p.name[5:]))[:-2]:
-            for file in old.iterdir():
-                file.unlink()
-            old.rmdir()
-
-
 def train_loop(accelerator, name, model, optimizer, lr_scheduler, ema, num_steps, args, compute_loss) -> None:
     """Runs `compute_loss(model, step)` for `num_steps`, resuming from and writing to `work_dir/<name>`."""
     folder = args.work_dir / name
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler, ema)
-    ema.to(accelerator.device)
-    path, start = latest_state(folder)
-    if path is not None:
-        accelerator.load_state(str(path))
+    start = resume(accelerator, folder, num_steps, {option: getattr(args, option) for option in STAGE_ARGUMENTS[name]})
+    if start:
         logger.info("%s: resumed at step %d", name, start)
+    ema.to(accelerator.device)  # not before: loading puts the averages on the CPU
     progress = tqdm(
         range(start, num_steps), initial=start, total=num_steps, desc=name, disable=not accelerator.is_main_process
     )
@@ -131,6 +133,21 @@ def new_accelerator(args) -> Accelerator:
     )
 
 
+class Reconstruction(nn.Module):
+    """The autoencoder's pass in training, as one `forward`: wrappers for several processes see nothing else."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (n, 1, 32, 32) and noise (n, 4, 8, 8) to reconstructions and the mean KL per latent value, ()."""
+        posterior = self.vae.encode(images).latent_dist
+        reconstruction = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        return reconstruction, 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+
+
 def train_vae(args, images: torch.Tensor) -> AutoencoderKL:
     accelerator = new_accelerator(args)
     set_seed(args.seed)
@@ -141,7 +158,7 @@ def train_vae(args, images: torch.Tensor) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 32, 32),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
         sample_size=IMAGE_SIZE,
         mid_block_add_attention=False,
@@ -154,16 +171,14 @@ def train_vae(args, images: torch.Tensor) -> AutoencoderKL:
         generator = step_generator(args.seed, step, accelerator.process_index)
         index = torch.randint(len(images), (args.vae_batch_size,), generator=generator)
         batch = move_and_turn(images[index], generator).to(accelerator.device)
-        unwrapped = accelerator.unwrap_model(model)
-        posterior = unwrapped.encode(batch).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(batch)
-        reconstruction = unwrapped.decode(posterior.mean + posterior.std * noise).sample
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        noise = torch.randn(len(index), LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, generator=generator).to(batch)
+        reconstruction, kl = model(batch, noise)
         return F.mse_loss(reconstruction.float(), batch) + args.kl_weight * kl
 
-    train_loop(accelerator, "vae", vae, optimizer, lr_scheduler, ema, args.vae_steps, args, compute_loss)
+    model = Reconstruction(vae)
+    train_loop(accelerator, "vae", model, optimizer, lr_scheduler, ema, args.vae_steps, args, compute_loss)
     accelerator.free_memory()
-    return accelerator.unwrap_model(vae).cpu().eval()
+    return vae.cpu().eval()
 
 
 @torch.no_grad()
@@ -177,10 +192,10 @@ def train_dit(args, latents: torch.Tensor, labels: torch.Tensor) -> DiTTransform
     transformer = DiTTransformer2DModel(
         num_attention_heads=6,
         attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,  # `DiTPipeline` needs the number, though it is the default
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,  # `DiTPipeline` needs the number, though it is the default
         num_layers=8,
-        sample_size=8,
+        sample_size=LATENT_SIZE,
         patch_size=2,
         num_embeds_ada_norm=NULL_CLASS,
         norm_eps=1e-6,
@@ -245,6 +260,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
+    accelerator = new_accelerator(args)
     images, labels = load_digit_images()
     vae = train_vae(args, images)
     generator = step_generator(args.seed, 0, 0)
@@ -253,12 +269,15 @@ def main() -> None:
     scaling_factor = 1 / latents.std().item()
     vae.register_to_config(scaling_factor=scaling_factor)
     transformer = train_dit(args, latents * scaling_factor, labels.repeat(len(copies)))
-    save_pipeline(args, vae, transformer)
-    evaluate(args)
+    if accelerator.is_main_process:
+        save_pipeline(args, vae, transformer)
+        evaluate(args, accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 @torch.no_grad()
-def evaluate(args) -> None:
+def evaluate(args, num_processes: int) -> None:
     """Sample, let a classifier of real digits judge, and write the model card and `samples.png`."""
     pipeline = DiTPipeline.from_pretrained(args.output_dir)
     pipeline.set_progress_bar_config(disable=True)
@@ -279,7 +298,9 @@ def evaluate(args) -> None:
     right = classifier(samples) == labels
     per_class = [right[labels == label].float().mean().item() for label in range(len(CLASS_NAMES))]
 
-    grid = samples[:80].view(8, 10, IMAGE_SIZE, IMAGE_SIZE).permute(0, 2, 1, 3).reshape(8 * IMAGE_SIZE, -1)
+    rows = min(8, len(samples) // 10)
+    grid = samples[: 10 * rows].view(rows, 10, IMAGE_SIZE, IMAGE_SIZE)
+    grid = grid.permute(0, 2, 1, 3).reshape(rows * IMAGE_SIZE, -1)
     Image.fromarray(((grid + 1) * 127.5).round().numpy().astype(np.uint8)).save(args.output_dir / "samples.png")
     parameters = sum(p.numel() for p in pipeline.transformer.parameters())
     write_model_card(
@@ -311,9 +332,10 @@ def evaluate(args) -> None:
             ),
             "Training": (
                 f"`python examples/checkpoints/train_digits_dit.py`, seed {args.seed}: autoencoder {args.vae_steps} "
-                f"steps of batch {args.vae_batch_size}, transformer {args.dit_steps} steps of batch "
-                f"{args.dit_batch_size}, AdamW with a one-cycle schedule up to {args.dit_learning_rate}, noise "
-                f"prediction, linear betas, label dropout {args.label_dropout}, EMA {args.ema_decay}."
+                f"steps of batch {args.vae_batch_size * num_processes}, transformer {args.dit_steps} steps of batch "
+                f"{args.dit_batch_size * num_processes}, AdamW with a one-cycle schedule up to "
+                f"{args.dit_learning_rate}, noise prediction, linear betas, label dropout {args.label_dropout}, "
+                f"EMA {args.ema_decay}."
             ),
             "Evaluation": (
                 f"Of {len(labels)} samples ({len(labels) // 10} a class, 50 DDIM steps, guidance "

@@ -11,8 +11,9 @@ The authors' setting for DiT-XL/2 at 20 steps, on the GPUs of one machine:
         --regularization 5e-6 --learning_rate 1e-3 --threshold 0.1 --batch_size 8 --iterations 20000 \
         --output_dir dit-xl-router --push_to_hub org/name
 
-Images are encoded once and kept in `--work_dir`; the same command resumes after an interruption. Several CPU
-processes: `accelerate launch --multi_gpu --num_processes 2 ...` (the flag only means "through torchrun").
+Images are encoded once and kept in `--work_dir`; the same command resumes after an interruption, and other arguments
+need another `--work_dir`. Several CPU processes: `accelerate launch --multi_gpu --num_processes 2 ...` (the flag only
+means "through torchrun").
 """
 
 import argparse
@@ -22,6 +23,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -36,7 +38,23 @@ from diffusers_ext.learning_to_cache import LearnedCacheTrainer, RespacedDDIMSch
 
 
 EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(EXAMPLES))
+
+from resumable import check_arguments, path_or_hub_id, resume, save_state, write_arguments  # noqa: E402
+
+
 logger = logging.getLogger(__name__)
+
+# These change when training stops and what is done with the router, not what is learned.
+NOT_LEARNED_FROM = {
+    "base_model",
+    "checkpointing_steps",
+    "iterations",
+    "output_dir",
+    "push_to_hub",
+    "threshold",
+    "work_dir",
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -74,10 +92,25 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def latent_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """All that the encoded images depend on."""
+    return {
+        "base": path_or_hub_id(args.base),
+        "data_dir": None if args.data_dir is None else path_or_hub_id(args.data_dir),
+        "max_images": args.max_images,
+        "seed": args.seed,
+    }
+
+
+def training_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """All that the router's logits depend on at a given iteration."""
+    learned_from = {name: value for name, value in vars(args).items() if name not in NOT_LEARNED_FROM}
+    return {**learned_from, **latent_arguments(args)}
+
+
 def image_batches(args: argparse.Namespace, vae: AutoencoderKL, size: int) -> Iterator[tuple[torch.Tensor, list[int]]]:
     """Batches of images (n, channels, size, size) in [-1, 1] with their class ids, in an order drawn from the seed."""
     if args.data_dir is None:
-        sys.path.insert(0, str(EXAMPLES))
         from digits import load_digit_images
 
         images, labels = load_digit_images()
@@ -106,17 +139,22 @@ def read_image(path: Path, size: int, mode: str) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_latents(args: argparse.Namespace, pipeline: DiTPipeline, device: torch.device) -> Path:
-    """Write scaled latents and labels to `work_dir/latents.safetensors`, unless they are there."""
-    path = args.work_dir / "latents.safetensors"
+    """Write scaled latents and labels to `work_dir/latents.safetensors`, unless they are there.
+
+    Raises:
+        ValueError: they are there, but of other images or from another encoder.
+    """
+    path, record = args.work_dir / "latents.safetensors", args.work_dir / "latents.json"
     if path.exists():
+        check_arguments(record, latent_arguments(args))
         return path
+    write_arguments(record, latent_arguments(args))
     vae = pipeline.vae.to(device)
     size = pipeline.transformer.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
     latents, labels = [], []
     for images, batch_labels in image_batches(args, vae, size):
         latents.append(vae.encode(images.to(device)).latent_dist.mean.cpu() * vae.config.scaling_factor)
         labels += batch_labels
-    args.work_dir.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     save_file({"latents": torch.cat(latents), "labels": torch.tensor(labels)}, unfinished)
     os.replace(unfinished, path)
@@ -149,10 +187,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(router.parameters(), lr=args.learning_rate, weight_decay=0)
     router, optimizer = accelerator.prepare(router, optimizer)
 
-    state, start = args.work_dir / "state", 0
-    if (state / "iteration").exists():
-        accelerator.load_state(str(state))
-        start = int((state / "iteration").read_text())
+    state = args.work_dir / "state"
+    start = resume(accelerator, state, args.iterations, training_arguments(args))
     null_kwargs = None
     if args.guidance_scale is not None:
         null_kwargs = {"class_labels": torch.full((args.batch_size,), null_class, device=accelerator.device)}
@@ -194,11 +230,8 @@ def main() -> None:
         optimizer.zero_grad()
         trainer.clamp_()
         progress.set_postfix(row=step, data=f"{loss.data:.2e}", units=f"{loss.sparsity:.1f}", refresh=False)
-        if (iteration + 1) % args.checkpointing_steps == 0:
-            accelerator.save_state(str(state))
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                (state / "iteration").write_text(str(iteration + 1))
+        if (iteration + 1) % args.checkpointing_steps == 0 or iteration + 1 == args.iterations:
+            save_state(accelerator, state, iteration + 1)
     trainer.detach()
     accelerator.wait_for_everyone()
 

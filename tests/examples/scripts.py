@@ -28,6 +28,7 @@ def run_script(script: str, *arguments: str, folder: Path, launch: int = 0, time
         command += ["--main_process_port", "0"] if launch > 1 else []
     environment = {
         **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),

@@ -1,9 +1,11 @@
 """The router training script: resume, several processes, and the artefact."""
 
 import re
+import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from diffusers_ext import LearnedCacheRouter
 from tests.examples.scripts import ROOT, run_script
@@ -11,17 +13,32 @@ from tests.examples.scripts import ROOT, run_script
 
 SCRIPT = "examples/learning_to_cache/train_router.py"
 SHORT = ("--num_steps", "4", "--batch_size", "4", "--checkpointing_steps", "2", "--base_model", "org/digits-dit")
+SIX_WEIGHED = (*SHORT, "--iterations", "6", "--output_dir", "router", "--weigh_rows")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    output = run_script(SCRIPT, *SHORT, "--iterations", "4", "--output_dir", "router", folder=folder, launch=1)
-    return LearnedCacheRouter.from_pretrained(folder / "router"), output
+    output = run_script(SCRIPT, *SIX_WEIGHED, folder=folder, launch=1)
+    return LearnedCacheRouter.from_pretrained(folder / "router"), output, folder / "runs"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        for i in range(3):
+            Image.new("L", (40, 50), 80 * i).save(folder / name / f"{i}.png")
+    return str(folder)
+
+
+def row_weights(output):
+    return re.findall(r"row weights: .*", output)
 
 
 def test_it_trains_the_cached_rows_and_saves_a_router_with_its_origin(uninterrupted):
-    router, output = uninterrupted
+    router, output, _ = uninterrupted
     assert router.config.sampler == "RespacedDDIMScheduler" and router.num_steps == 4
     assert router.origin.base_class == "DiTTransformer2DModel" and router.origin.base_model == "org/digits-dit"
     torch.manual_seed(0)
@@ -31,11 +48,40 @@ def test_it_trains_the_cached_rows_and_saves_a_router_with_its_origin(uninterrup
     assert re.search(r"0\.\d+ of all unit calls are computed", output)
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(uninterrupted, tmp_path):
-    run_script(SCRIPT, *SHORT, "--iterations", "2", "--output_dir", "half", folder=tmp_path, launch=1)
-    run_script(SCRIPT, *SHORT, "--iterations", "4", "--output_dir", "router", folder=tmp_path, launch=1)
+def test_a_run_killed_while_saving_ends_where_an_uninterrupted_one_does(uninterrupted, tmp_path):
+    router, output, runs = uninterrupted
+    shutil.copytree(runs, tmp_path / "runs")
+    states = tmp_path / "runs" / "digits-dit-router" / "state"
+    assert sorted(path.name for path in states.glob("step-*")) == ["step-4", "step-6"]  # step 2 made room
+    (states / "step-6" / "done").unlink()
+    (states / "step-6" / "model.safetensors").write_bytes(b"half")
+    (states / "step-5").mkdir()
+    resumed_output = run_script(SCRIPT, *SIX_WEIGHED, folder=tmp_path)
     resumed = LearnedCacheRouter.from_pretrained(tmp_path / "router")
-    assert torch.equal(resumed.logits, uninterrupted[0].logits)
+    assert torch.equal(resumed.logits, router.logits)
+    assert len(row_weights(output)) == 1 and row_weights(resumed_output) == row_weights(output)
+    assert "4/6" in resumed_output and "3/6" not in resumed_output
+    assert sorted(path.name for path in states.glob("step-*")) == ["step-4", "step-6"]
+
+
+@pytest.mark.parametrize("what", ["training", "data"])
+def test_other_arguments_are_refused_by_name(what, uninterrupted, images, tmp_path):
+    others, part, differences = {
+        "training": (
+            ("--regularization", "1e-3", "--learning_rate", "0.2", "--num_steps", "6"),
+            "runs/digits-dit-router/state",
+            "--learning_rate was 0.1, now is 0.2; --num_steps was 4, now is 6; "
+            "--regularization was 5e-05, now is 0.001.",
+        ),
+        "data": (("--data_dir", images), "runs/digits-dit-router", f"--data_dir was None, now is {images}."),
+    }[what]
+    shutil.copytree(uninterrupted[2], tmp_path / "runs")
+    with pytest.raises(AssertionError) as error:
+        run_script(SCRIPT, *SIX_WEIGHED, *others, folder=tmp_path)
+    message = str(error.value).splitlines()[-1]
+    assert message.startswith(f"ValueError: {part} was made with other arguments: {differences} ")
+    assert "another --work_dir" in message
+    assert not (tmp_path / "router").exists()
 
 
 def test_two_processes_train_the_same_row_on_their_own_data(uninterrupted, tmp_path):
@@ -45,24 +91,7 @@ def test_two_processes_train_the_same_row_on_their_own_data(uninterrupted, tmp_p
     assert router.logits.isfinite().all()
 
 
-def test_a_folder_of_images_can_be_the_data(tmp_path):
-    from PIL import Image
-
-    for name in ("a", "b"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for i in range(3):
-            Image.new("L", (40, 50), 80 * i).save(tmp_path / "images" / name / f"{i}.png")
-    run_script(
-        SCRIPT,
-        *SHORT,
-        "--iterations",
-        "1",
-        "--output_dir",
-        "router",
-        "--data_dir",
-        "images",
-        folder=tmp_path,
-        launch=1,
-    )
+def test_a_folder_of_images_can_be_the_data(images, tmp_path):
+    run_script(SCRIPT, *SHORT, "--iterations", "1", "--output_dir", "router", "--data_dir", images, folder=tmp_path)
     assert (tmp_path / "router" / "README.md").exists()
     assert not list(ROOT.glob("runs/router*"))

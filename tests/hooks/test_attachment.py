@@ -114,7 +114,7 @@ def test_a_hook_and_a_registry_of_others_stay(model):
     registry.register_hook(AddOne(), "stock")
     before = state(model)
     attach(model, "a", [(model[0], Double()), (model[1], Double())])
-    assert torch.equal(model(X), 4 * (X + 1))
+    assert torch.equal(model(X), 2 * (2 * X + 1))  # below the hook that is not ours
     detach(model, "a")
     assert state(model) == before
     assert model[0]._diffusers_hook is registry and model[1]._diffusers_hook is empty
@@ -137,10 +137,73 @@ def test_an_offload_hook_of_accelerate_survives_in_both_orders(model, hooked_fir
     assert torch.equal(model(X), X) and offload.calls == 2
 
 
-def test_a_hook_cut_off_by_another_tool_is_noticed(model, caplog):
-    add_hook_to_module(model[0], Offload())
+def test_a_pipeline_that_takes_offload_off_and_on_again_keeps_the_hook(model):
+    """As `maybe_free_model_hooks` does after each call."""
+    first, second = Offload(), Offload()
+    add_hook_to_module(model[0], first)
     attach(model, "a", [(model[0], Double())])
-    remove_hook_from_module(model[0])  # restores the forward of before the offload
+    model(X)
+    remove_hook_from_module(model[0])
+    assert torch.equal(model(X), 2 * X) and is_linked(model[0], "a")
+    add_hook_to_module(model[0], second)
+    assert torch.equal(model(X), 2 * X) and (first.calls, second.calls) == (1, 1)
+    detach(model, "a")
+    assert torch.equal(model(X), X) and second.calls == 2
+
+
+class Replace(ModelHook):
+    """Computes without the forward below it."""
+
+    def new_forward(self, module, x):
+        return 3 * x
+
+
+@pytest.mark.parametrize("hooked_first", [True, False])
+@pytest.mark.parametrize("foreign", ["accelerate", "stock"])
+def test_hooks_of_others_run_around_one_that_replaces_the_forward(model, foreign, hooked_first):
+    before = state(model)
+    offload = Offload()
+    stock = AddOne()
+    if hooked_first:
+        attach(model, "a", [(model[0], Replace())])
+    if foreign == "accelerate":
+        add_hook_to_module(model[0], offload)
+    else:
+        HookRegistry.check_if_exists_or_initialize(model[0]).register_hook(stock, "stock")
+    if not hooked_first:
+        attach(model, "a", [(model[0], Replace())])
+    assert torch.equal(model(X), 3 * X if foreign == "accelerate" else 3 * X + 1)
+    assert offload.calls == (foreign == "accelerate")
+    if foreign == "accelerate":
+        remove_hook_from_module(model[0])
+    else:
+        model[0]._diffusers_hook.remove_hook("stock")
+    assert torch.equal(model(X), 3 * X)
+    detach(model, "a")
+    assert torch.equal(model(X), X)
+    if hooked_first:
+        assert state(model) == before
+
+
+def test_sets_of_ours_stack_under_hooks_of_others(model):
+    HookRegistry.check_if_exists_or_initialize(model[0]).register_hook(AddOne(), "stock")
+    add_hook_to_module(model[0], Offload())
+    before = state(model)
+    attach(model, "a", [(model[0], Replace())])
+    attach(model, "b", [(model[0], Double())])
+    assert torch.equal(model(X), 6 * X + 1)
+    detach(model, "a")
+    assert torch.equal(model(X), 2 * X + 1)
+    attach(model, "a", [(model[0], Replace())])
+    assert torch.equal(model(X), 3 * X + 1)
+    detach(model, "b")
+    detach(model, "a")
+    assert state(model) == before and torch.equal(model(X), X + 1)
+
+
+def test_a_hook_cut_off_by_another_tool_is_noticed(model, caplog):
+    attach(model, "a", [(model[0], Double())])
+    model[0].forward = lambda x: x
     assert not is_linked(model[0], "a")
     detach(model, "a")
     assert "was not running any more" in caplog.text

@@ -14,7 +14,7 @@ def list_block_units(block: BasicTransformerBlock) -> tuple[str, ...]:
             f"This BasicTransformerBlock has norm_type={block.norm_type!r}; a learned cache supports 'ada_norm_zero' "
             "(DiT). Give other blocks an adapter with `register_unit_adapter`."
         )
-    if block.attn2 is not None or getattr(block, "fuser", None) is not None:
+    if block.attn2 is not None or block.only_cross_attention or getattr(block, "fuser", None) is not None:
         raise ValueError(
             "This BasicTransformerBlock has cross-attention or a GLIGEN fuser, which DiT blocks do not have."
         )
