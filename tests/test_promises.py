@@ -275,6 +275,22 @@ def count_onloads(denoiser: torch.nn.Module) -> list[str]:
     return seen
 
 
+def test_block_wise_group_offload_runs_around_the_method(method, pipe, base):
+    """Hooks of others on the very modules that carry ours."""
+    denoiser = denoiser_of(pipe, base)
+    apply_group_offloading(
+        denoiser, onload_device="cpu", offload_device="cpu", offload_type="block_level", num_blocks_per_group=1
+    )
+    plain_onloads = count_onloads(denoiser)
+    run(pipe, base)
+    expected = len(plain_onloads)
+    method.apply(pipe)
+    plain_onloads.clear()
+    run(pipe, base)
+    assert method.effect(pipe) > 0
+    assert len(plain_onloads) == expected
+
+
 @pytest.mark.parametrize("order", ["compile first", "apply first"])
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_compiled_denoiser_gives_the_same(method, pipe, tiny_pipeline, base, order, in_place):

@@ -66,7 +66,8 @@ class RowStates(StateManager):
             raise StepMismatchError(
                 f"`calls_per_step` is {self.calls_per_step}, but call {self._turn + 1} of an evaluation came at "
                 f"timestep {time:g} after {self._time_of_turns:g}. Give the number of calls that the sampling loop "
-                "makes at each timestep (1 without guidance)."
+                "makes at each timestep (1 without guidance). If a run was stopped between two calls of one timestep, "
+                "just sample again."
             )
         name = f"call {self._turn}"
         self._turn = (self._turn + 1) % self.calls_per_step

@@ -6,7 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DPMSolverMultistepScheduler,
+    KDPM2DiscreteScheduler,
+)
 
 from diffusers_ext import LearnedCacheConfig, LearnedCacheRouter, apply_learned_cache
 from diffusers_ext.learning_to_cache import RespacedDDIMScheduler, learned_cache_stats
@@ -139,6 +145,45 @@ def test_an_interrupt_between_steps_leaves_a_clean_next_run(pipe, base, router, 
             draw(p)
         del p.progress_bar
         assert np.array_equal(draw(p), expected)
+
+
+def test_an_error_leaves_the_given_scheduler(pipe):
+    given = pipe.scheduler
+    pipe.transformer.pos_embed.register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        draw(pipe)
+    assert pipe.scheduler is given
+
+
+def test_model_offload_of_the_pipeline_keeps_the_cache_for_all_its_calls(pipe, router):
+    pipe.enable_learned_cache(router=router)
+    expected = draw(pipe)
+    pipe.disable_learned_cache()
+    pipe.enable_model_cpu_offload(device="cpu")
+    pipe.enable_learned_cache(router=router)
+    for runs in (1, 2, 3):  # each call takes the offload hooks off and on again
+        assert np.array_equal(draw(pipe), expected)
+        assert pipe.learned_cache_stats.runs == runs
+    pipe.disable_learned_cache()
+    draw(pipe)
+
+
+def test_a_router_replaces_the_table_of_a_config(pipe, router):
+    ones = torch.ones(STEPS, 6, dtype=torch.bool)
+    config = LearnedCacheConfig(schedule=ones, unit_names=tuple(router.unit_names), on_step_mismatch="full")
+    pipe.enable_learned_cache(config, router=router)
+    draw(pipe)
+    assert pipe.learned_cache_stats.computed == int(router.schedule().sum())
+    draw(pipe, num_inference_steps=3)  # the config's other fields hold
+    with pytest.raises(TypeError, match="`router=...`"):
+        pipe.enable_learned_cache("org/name")
+
+
+def test_evaluations_and_not_steps_must_be_those_of_the_table(pipe):
+    pipe.scheduler = KDPM2DiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.enable_learned_cache(router=LearnedCacheRouter.for_denoiser(pipe.transformer, 7))
+    draw(pipe, num_inference_steps=4)
+    assert pipe.learned_cache_stats.evaluations == 7
 
 
 def test_two_pipelines_do_not_meet(checkpoint, router):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from diffusers_ext.learning_to_cache import RespacedDDIMScheduler
 
@@ -42,6 +42,33 @@ def test_a_run_equals_the_ddim_formula(prediction_type):
         x = scheduler.step(output, scheduler.timesteps[row], x).prev_sample
         # The first steps divide by sqrt(abar) = 0.006, so compare relative to the size of the numbers.
         assert (x.double() - y).abs().max() <= 1e-5 * y.abs().max(), f"row {row}"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "fields"),
+    [
+        (DPMSolverMultistepScheduler, {}),
+        (DPMSolverMultistepScheduler, {"solver_order": 3, "use_karras_sigmas": True}),
+        (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+        (DDPMScheduler, {"variance_type": "learned_range"}),
+        (DDIMScheduler, {"thresholding": True, "clip_sample": True, "timestep_spacing": "trailing"}),
+    ],
+)
+def test_only_the_noise_schedule_of_another_scheduler_counts(scheduler, fields, tmp_path):
+    scheduler(beta_end=0.015, **fields).save_pretrained(tmp_path)
+    expected = RespacedDDIMScheduler(beta_end=0.015)
+    for taken in (
+        RespacedDDIMScheduler.from_config(scheduler(beta_end=0.015, **fields).config),
+        RespacedDDIMScheduler.from_config(scheduler.from_pretrained(tmp_path).config),
+    ):
+        x = y = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        for one in (taken, expected):
+            one.set_timesteps(5)
+        assert torch.equal(taken.timesteps, expected.timesteps)
+        for t in expected.timesteps:
+            x = taken.step(0.5 * x, t, x).prev_sample
+            y = expected.step(0.5 * y, t, y).prev_sample
+        assert torch.equal(x, y)
 
 
 def test_it_takes_over_the_noise_schedule_and_saves(tmp_path):

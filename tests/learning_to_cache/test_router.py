@@ -58,6 +58,7 @@ def test_stats_count_the_table_and_weigh_macs():
     assert stats.computed_per_row == (2, 1, 2, 0)
     assert stats.removed_by_kind == {"attn1": 1.0, "ff": 0.5}
     assert stats.macs_fraction == pytest.approx((2 * 1 + 3 * 3) / (4 * 4))
+    assert router.stats(threshold=0.2).computed == 8
     with pytest.raises(ValueError, match="`macs` lacks 1 of 2 units.*b.0.ff"):
         router.stats(macs={"b.0.attn1": 1.0})
 

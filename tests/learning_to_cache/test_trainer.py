@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, LCMScheduler
 
 from diffusers_ext import LearnedCacheConfig, LearnedCacheRouter, apply_learned_cache
 from diffusers_ext.learning_to_cache import LearnedCacheTrainer, RespacedDDIMScheduler
@@ -145,18 +145,92 @@ def test_straight_through_scores_are_hard_forward_and_soft_backward(transformer,
     torch.testing.assert_close(loss.data, hard.data, rtol=1e-9, atol=0)
 
 
-def test_guided_outputs_are_compared_with_guidance(transformer, router, scheduler, data, labels):
-    null = {"class_labels": torch.full_like(labels, 1000)}
-    row = 3
+def test_the_guided_objective_compares_guided_outputs(transformer, router, scheduler, data, labels):
+    """By hand: classifier-free guidance on the first channels of teacher, student and the sampler's step."""
+    row, scale, null = 3, 3.0, torch.full_like(labels, 1000)
     with torch.no_grad():
-        router.logits[row] = 1000.0
-    guided = LearnedCacheTrainer(transformer, router, scheduler, guidance_scale=3.0, null_kwargs=null)
-    assert guided.loss(step=row, **data).data.item() == 0.0
-    set_scores(router, row, [0.5] * 6)
-    with_guidance = guided.loss(step=row, **data).data
-    guided.detach()
-    without = LearnedCacheTrainer(transformer, router, scheduler).loss(step=row, **data).data
-    assert not torch.isclose(with_guidance, without, rtol=1e-3)
+        router.logits[row] = -1000.0
+    trainer = LearnedCacheTrainer(
+        transformer, router, scheduler, guidance_scale=scale, null_kwargs={"class_labels": null}
+    )
+    loss = trainer.loss(step=row, **data)
+    trainer.detach()
+
+    times = [t.expand(2) for t in scheduler.timesteps[row - 1 : row + 1]]
+    noisy = scheduler.add_noise(data["sample"], data["noise"], times[0])
+
+    def guide(conditional, free):
+        return torch.cat([free[:, :4] + scale * (conditional[:, :4] - free[:, :4]), conditional[:, 4:]], 1)
+
+    full = guide(*(call(transformer, [(noisy, times[0])], c)[0] for c in (labels, null)))
+    sampler = RespacedDDIMScheduler()
+    sampler.set_timesteps(ROWS)
+    moved = sampler.step(full[:, :4], scheduler.timesteps[row - 1], noisy).prev_sample
+    table = torch.tensor([[True] * 6, [False] * 6])
+    with torch.no_grad():
+        inputs = [(noisy, times[0]), (moved, times[1])]
+        student = guide(*(reference_run(transformer, inputs, c, table)[1] for c in (labels, null)))
+    teacher = guide(*(call(transformer, [(moved, times[1])], c)[0] for c in (labels, null)))
+    torch.testing.assert_close(loss.data, ((student - teacher) ** 2).mean(), rtol=1e-4, atol=0)
+    assert loss.data > 0
+
+
+def test_the_denoiser_is_frozen_in_evaluation_mode_unless_something_is_refused(transformer, router, scheduler):
+    transformer.train().requires_grad_(True)
+    with pytest.raises(ValueError):
+        LearnedCacheTrainer(transformer, router, RespacedDDIMScheduler())
+    assert transformer.training and all(p.requires_grad for p in transformer.parameters())
+    trainer = LearnedCacheTrainer(transformer, router, scheduler)
+    assert not transformer.training and not any(p.requires_grad for p in transformer.parameters())
+    with pytest.raises(ValueError, match=r"hooks of a LearnedCacheTrainer.*detach"):
+        apply_learned_cache(transformer, LearnedCacheConfig(router=router))
+    trainer.detach()
+
+
+def test_noise_is_drawn_from_the_generator_and_nothing_stays_stored(transformer, router, scheduler, data, labels):
+    trainer = LearnedCacheTrainer(transformer, router, scheduler)
+    losses = [
+        trainer.loss(data["sample"], 3, generator=torch.Generator().manual_seed(seed), class_labels=labels).data
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
+    assert all(hook.stored is None and hook.betas is None for hook in trainer._hooks)
+
+
+def test_without_a_bound_logits_are_not_clamped(transformer, scheduler):
+    router = LearnedCacheRouter.for_denoiser(transformer, ROWS, logit_bound=None)
+    with torch.no_grad():
+        router.logits[1] = 30.0
+    LearnedCacheTrainer(transformer, router, scheduler).clamp_()
+    assert router.logits.max() == 30.0
+
+
+def test_training_without_data_starts_from_the_samplers_own_states(transformer, router, scheduler, data, labels):
+    trainer = LearnedCacheTrainer(transformer, router, scheduler)
+    states = trainer.sample_trajectory(data["noise"], class_labels=labels)
+    assert states.shape == (ROWS, 2, 4, 8, 8) and torch.equal(states[0], data["noise"])
+    sampler = RespacedDDIMScheduler()
+    sampler.set_timesteps(ROWS)
+    for row in range(ROWS - 1):
+        t = sampler.timesteps[row]
+        output = call(transformer, [(states[row], t.expand(2))], labels)[0][:, :4]
+        torch.testing.assert_close(states[row + 1], sampler.step(output, t, states[row]).prev_sample)
+    # A clean sample that noises to the same state gives the same loss.
+    abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0).double()[scheduler.timesteps[2]]
+    clean = (states[2] - (1 - abar).sqrt() * data["noise"]) / abar.sqrt()
+    by_data = trainer.loss(clean, 3, noise=data["noise"], class_labels=labels).data
+    by_state = trainer.loss(states[2], 3, from_sampler=True, class_labels=labels).data
+    torch.testing.assert_close(by_state, by_data, rtol=1e-4, atol=0)
+    with pytest.raises(ValueError, match="`from_sampler`.*no `noise`"):
+        trainer.loss(states[2], 3, noise=data["noise"], from_sampler=True, class_labels=labels)
+
+
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, EulerAncestralDiscreteScheduler, LCMScheduler])
+def test_samplers_that_draw_noise_are_refused(transformer, router, scheduler_class):
+    noisy = scheduler_class()
+    noisy.set_timesteps(ROWS)
+    with pytest.raises(ValueError, match=f"deterministically, {scheduler_class.__name__}"):
+        LearnedCacheTrainer(transformer, router, noisy)
 
 
 def test_the_scheduler_and_the_random_state_are_left_alone(transformer, router, scheduler, data):
@@ -206,10 +280,6 @@ def test_bad_arguments_are_refused(transformer, router, scheduler, data):
     short.set_timesteps(5)
     with pytest.raises(ValueError, match="makes 5 evaluations, the router is for 6"):
         LearnedCacheTrainer(transformer, router, short)
-    noisy = DDPMScheduler()
-    noisy.set_timesteps(ROWS)
-    with pytest.raises(ValueError, match="deterministically, DDPMScheduler"):
-        LearnedCacheTrainer(transformer, router, noisy)
     for fields, message in (
         ({"regularization": -1.0}, "`regularization`.*-1.0"),
         ({"reduction": "max"}, "`reduction`.*'max'"),
