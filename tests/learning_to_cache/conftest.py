@@ -13,3 +13,15 @@ def transformer():
 @pytest.fixture
 def labels():
     return torch.tensor([3, 7])
+
+
+@pytest.fixture
+def messages(caplog):
+    """A function: warnings of the package since it was last called."""
+
+    def take():
+        found = [record.getMessage() for record in caplog.records if record.name.startswith("diffusers_ext")]
+        caplog.clear()
+        return found
+
+    return take
