@@ -1,19 +1,19 @@
 """Train a Learning-to-Cache router for a class-conditional `DiTPipeline`, its weights frozen.
 
-The demo's router, in some minutes on a CPU:
+The demo's router, in some minutes on a CPU. It needs no images: states are taken from the sampler's own runs, guided
+outputs are compared, and rows are weighed by what their errors do to the final sample, all beyond the paper:
 
     accelerate launch examples/learning_to_cache/train_router.py
 
 The authors' setting for DiT-XL/2 at 20 steps, on the GPUs of one machine:
 
     accelerate launch --multi_gpu --mixed_precision fp16 examples/learning_to_cache/train_router.py \
-        --base facebook/DiT-XL-2-256 --original_embeddings --data_dir imagenet/train --num_steps 20 \
-        --regularization 5e-6 --learning_rate 1e-3 --threshold 0.1 --batch_size 8 --iterations 20000 \
-        --output_dir dit-xl-router --push_to_hub org/name
+        --base facebook/DiT-XL-2-256 --original_embeddings --data_dir imagenet/train --guidance_scale 1 \
+        --no-weigh_rows --num_steps 20 --regularization 5e-6 --learning_rate 1e-3 --threshold 0.1 --batch_size 8 \
+        --iterations 20000 --output_dir dit-xl-router --push_to_hub org/name
 
-Images are encoded once and kept in `--work_dir`; the same command resumes after an interruption, and other arguments
-need another `--work_dir`. Several CPU processes: `accelerate launch --multi_gpu --num_processes 2 ...` (the flag only
-means "through torchrun").
+The same command resumes after an interruption; other arguments need another `--work_dir`. Several CPU processes:
+`accelerate launch --multi_gpu --num_processes 2 ...` (the flag only means "through torchrun").
 """
 
 import argparse
@@ -21,7 +21,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,12 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from diffusers_ext import LearnedCacheRouter
-from diffusers_ext.learning_to_cache import LearnedCacheTrainer, RespacedDDIMScheduler, use_original_dit_embeddings
+from diffusers_ext.learning_to_cache import (
+    LearnedCacheLoss,
+    LearnedCacheTrainer,
+    RespacedDDIMScheduler,
+    use_original_dit_embeddings,
+)
 
 
 EXAMPLES = Path(__file__).resolve().parents[1]
@@ -64,25 +69,28 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--base_model", default=None, help="Hub id to name in the card; default: --base if it is one")
     parser.add_argument(
         "--data_dir",
-        type=Path,
         default=None,
-        help="images in one folder per class, in the order of the class ids; default: scikit-learn's digits",
+        help="images in one folder per class, in the order of the class ids, or 'sklearn-digits'; default: no data",
     )
     parser.add_argument("--max_images", type=int, default=50_000, help="of --data_dir, drawn by the seed")
+    parser.add_argument("--trajectories", type=int, default=256, help="sampler runs to learn from without data")
     parser.add_argument("--output_dir", type=Path, default=checkpoints / "digits-dit-router")
     parser.add_argument(
         "--work_dir", type=Path, default=Path("runs/digits-dit-router"), help="latents, resumable state"
     )
     parser.add_argument("--num_steps", type=int, default=20, help="denoiser evaluations N")
-    parser.add_argument("--regularization", type=float, default=5e-5, help="lambda, the price of a computed unit")
+    parser.add_argument("--regularization", type=float, default=1.1e-5, help="lambda, the price of a computed unit")
     parser.add_argument("--threshold", type=float, default=0.5)
     parser.add_argument("--learning_rate", type=float, default=0.1, help="few iterations; 1e-3 with tens of thousands")
-    parser.add_argument("--iterations", type=int, default=600)
-    parser.add_argument("--batch_size", type=int, default=64, help="per process")
-    parser.add_argument("--label_dropout", type=float, default=0.1)
-    parser.add_argument("--guidance_scale", type=float, default=None, help="compare guided outputs instead")
+    parser.add_argument("--iterations", type=int, default=800)
+    parser.add_argument("--batch_size", type=int, default=32, help="per process")
+    parser.add_argument("--label_dropout", type=float, default=0.1, help="without guidance")
+    parser.add_argument("--guidance_scale", type=float, default=4.0, help="compare guided outputs; 1 for plain ones")
     parser.add_argument(
-        "--weigh_rows", action="store_true", help="weigh each row by what its errors do to the final sample"
+        "--weigh_rows",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="weigh each row by what its errors do to the final sample",
     )
     parser.add_argument("--original_embeddings", action="store_true", help="for the weights of DiT's authors")
     parser.add_argument("--checkpointing_steps", type=int, default=200)
@@ -110,13 +118,13 @@ def training_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def image_batches(args: argparse.Namespace, vae: AutoencoderKL, size: int) -> Iterator[tuple[torch.Tensor, list[int]]]:
     """Batches of images (n, channels, size, size) in [-1, 1] with their class ids, in an order drawn from the seed."""
-    if args.data_dir is None:
+    if args.data_dir == "sklearn-digits":
         from digits import load_digit_images
 
         images, labels = load_digit_images()
         yield from ((images[i : i + 64], labels[i : i + 64].tolist()) for i in range(0, len(images), 64))
         return
-    folders = sorted(path for path in args.data_dir.iterdir() if path.is_dir())
+    folders = sorted(path for path in Path(args.data_dir).iterdir() if path.is_dir())
     files = [(path, label) for label, folder in enumerate(folders) for path in sorted(folder.iterdir())]
     if not files:
         raise ValueError(f"--data_dir must hold one folder of images per class, {args.data_dir} holds none.")
@@ -161,15 +169,80 @@ def encode_latents(args: argparse.Namespace, pipeline: DiTPipeline, device: torc
     return path
 
 
+# Called as `loss(step, generator)` at each iteration.
+Loss = Callable[[int, torch.Generator], LearnedCacheLoss]
+
+
+def loss_on_data(args: argparse.Namespace, trainer: LearnedCacheTrainer, path: Path, null_class: int) -> Loss:
+    """Clean latents, noised to the row before, as in the paper."""
+    data = load_file(path)
+    latents, labels = data["latents"], data["labels"]
+
+    def loss(step: int, generator: torch.Generator) -> LearnedCacheLoss:
+        index = torch.randint(len(latents), (args.batch_size,), generator=generator)
+        class_labels = drop_labels(args, labels[index], null_class, generator)
+        noise = torch.randn(latents[index].shape, generator=generator)
+        device = trainer.denoiser.device
+        return trainer.loss(latents[index].to(device), step, noise.to(device), class_labels=class_labels.to(device))
+
+    return loss
+
+
+@torch.no_grad()
+def loss_on_own_states(
+    args: argparse.Namespace,
+    trainer: LearnedCacheTrainer,
+    class_ids: torch.Tensor,
+    null_class: int,
+    generator: torch.Generator,
+) -> Loss:
+    """States of the sampler's own runs: no data, and what inference will meet."""
+    device, states, labels = trainer.denoiser.device, [], []
+    for _ in tqdm(range(max(1, args.trajectories // args.batch_size)), desc="trajectories"):
+        noise, class_labels = draw_noise(args, trainer, class_ids, generator)
+        class_labels = drop_labels(args, class_labels, null_class, generator)
+        labels.append(class_labels)
+        states.append(trainer.sample_trajectory(noise.to(device), class_labels=class_labels.to(device)).cpu())
+    states, labels = torch.cat(states, dim=1), torch.cat(labels)
+
+    def loss(step: int, generator: torch.Generator) -> LearnedCacheLoss:
+        index = torch.randint(len(labels), (args.batch_size,), generator=generator)
+        return trainer.loss(
+            states[step - 1, index].to(device), step, from_sampler=True, class_labels=labels[index].to(device)
+        )
+
+    return loss
+
+
+def draw_noise(
+    args: argparse.Namespace, trainer: LearnedCacheTrainer, class_ids: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Initial noise (batch, channels, size, size) and class labels (batch,)."""
+    config = trainer.denoiser.config
+    shape = (args.batch_size, config.in_channels, config.sample_size, config.sample_size)
+    labels = class_ids[torch.randint(len(class_ids), (args.batch_size,), generator=generator)]
+    return torch.randn(shape, generator=generator), labels
+
+
+def drop_labels(
+    args: argparse.Namespace, labels: torch.Tensor, null_class: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Some labels replaced by the null class; none with guidance, which sees both."""
+    if args.guidance_scale > 1:
+        return labels
+    return torch.where(torch.rand(len(labels), generator=generator) < args.label_dropout, null_class, labels)
+
+
 def main() -> None:
     args = parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision)
     set_seed(args.seed)
     pipeline = DiTPipeline.from_pretrained(args.base)
-    with accelerator.main_process_first():
-        data = load_file(encode_latents(args, pipeline, accelerator.device))
-    latents, labels = data["latents"], data["labels"]
+    path = None
+    if args.data_dir is not None:
+        with accelerator.main_process_first():
+            path = encode_latents(args, pipeline, accelerator.device)
 
     transformer = pipeline.transformer.to(accelerator.device)
     if args.original_embeddings:
@@ -189,23 +262,26 @@ def main() -> None:
 
     state = args.work_dir / "state"
     start = resume(accelerator, state, args.iterations, training_arguments(args))
-    null_kwargs = None
-    if args.guidance_scale is not None:
-        null_kwargs = {"class_labels": torch.full((args.batch_size,), null_class, device=accelerator.device)}
+    guided = args.guidance_scale > 1
+    null_labels = torch.full((args.batch_size,), null_class, device=accelerator.device)
     trainer = LearnedCacheTrainer(
         transformer,
         router,
         scheduler,
         regularization=args.regularization,
-        guidance_scale=args.guidance_scale,
-        null_kwargs=null_kwargs,
+        guidance_scale=args.guidance_scale if guided else None,
+        null_kwargs={"class_labels": null_labels} if guided else None,
     )
+    class_ids = torch.tensor(sorted(set(pipeline.labels.values())) or range(null_class))
     if args.weigh_rows:
-        generator = torch.Generator().manual_seed(args.seed)
-        index = torch.randint(len(latents), (args.batch_size,), generator=generator)
-        noise = torch.randn(latents[index].shape, generator=generator).to(accelerator.device)
-        weights = trainer.weigh_rows(noise, class_labels=labels[index].to(accelerator.device))
+        noise, labels = draw_noise(args, trainer, class_ids, torch.Generator().manual_seed(args.seed))
+        weights = trainer.weigh_rows(noise.to(accelerator.device), class_labels=labels.to(accelerator.device))
         logger.info("row weights: " + " ".join(f"{weight:.1e}" for weight in weights.tolist()))
+    if path is None:
+        generator = torch.Generator().manual_seed(args.seed * 1_009 + accelerator.process_index)
+        compute_loss = loss_on_own_states(args, trainer, class_ids, null_class, generator)
+    else:
+        compute_loss = loss_on_data(args, trainer, path, null_class)
     progress = tqdm(
         range(start, args.iterations), initial=start, total=args.iterations, disable=not accelerator.is_main_process
     )
@@ -214,17 +290,8 @@ def main() -> None:
         shared = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
         step = trainer.sample_step(shared)
         own = torch.Generator().manual_seed((args.seed * 1_000_003 + iteration) * 1_009 + accelerator.process_index)
-        index = torch.randint(len(latents), (args.batch_size,), generator=own)
-        dropped = torch.rand(args.batch_size, generator=own) < args.label_dropout
-        class_labels = torch.where(dropped, null_class, labels[index])
-        noise = torch.randn(latents[index].shape, generator=own)
         with accelerator.autocast():
-            loss = trainer.loss(
-                latents[index].to(accelerator.device),
-                step,
-                noise.to(accelerator.device),
-                class_labels=class_labels.to(accelerator.device),
-            )
+            loss = compute_loss(step, own)
         accelerator.backward(loss.total)
         optimizer.step()
         optimizer.zero_grad()

@@ -13,7 +13,7 @@ from tests.examples.scripts import ROOT, run_script
 
 SCRIPT = "examples/learning_to_cache/train_router.py"
 SHORT = ("--num_steps", "4", "--batch_size", "4", "--checkpointing_steps", "2", "--base_model", "org/digits-dit")
-SIX_WEIGHED = (*SHORT, "--iterations", "6", "--output_dir", "router", "--weigh_rows")
+SIX_WEIGHED = (*SHORT, "--iterations", "6", "--output_dir", "router", "--data_dir", "sklearn-digits")
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +71,9 @@ def test_other_arguments_are_refused_by_name(what, uninterrupted, images, tmp_pa
             ("--regularization", "1e-3", "--learning_rate", "0.2", "--num_steps", "6"),
             "runs/digits-dit-router/state",
             "--learning_rate was 0.1, now is 0.2; --num_steps was 4, now is 6; "
-            "--regularization was 5e-05, now is 0.001.",
+            "--regularization was 1.1e-05, now is 0.001.",
         ),
-        "data": (("--data_dir", images), "runs/digits-dit-router", f"--data_dir was None, now is {images}."),
+        "data": (("--data_dir", images), "runs/digits-dit-router", f"--data_dir was sklearn-digits, now is {images}."),
     }[what]
     shutil.copytree(uninterrupted[2], tmp_path / "runs")
     with pytest.raises(AssertionError) as error:
@@ -85,13 +85,16 @@ def test_other_arguments_are_refused_by_name(what, uninterrupted, images, tmp_pa
 
 
 def test_two_processes_train_the_same_row_on_their_own_data(uninterrupted, tmp_path):
-    run_script(SCRIPT, *SHORT, "--iterations", "2", "--output_dir", "router", folder=tmp_path, launch=2)
+    options = ("--iterations", "2", "--trajectories", "4", "--output_dir", "router")  # no data
+    run_script(SCRIPT, *SHORT, *options, folder=tmp_path, launch=2)
     router = LearnedCacheRouter.from_pretrained(tmp_path / "router")
     assert torch.equal(router.logits[[0, 2]], uninterrupted[0].logits[[0, 2]])
     assert router.logits.isfinite().all()
 
 
 def test_a_folder_of_images_can_be_the_data(images, tmp_path):
-    run_script(SCRIPT, *SHORT, "--iterations", "1", "--output_dir", "router", "--data_dir", images, folder=tmp_path)
+    plain = ("--guidance_scale", "1", "--no-weigh_rows")  # the paper's objective
+    options = ("--iterations", "1", "--output_dir", "router", "--data_dir", images)
+    run_script(SCRIPT, *SHORT, *plain, *options, folder=tmp_path)
     assert (tmp_path / "router" / "README.md").exists()
     assert not list(ROOT.glob("runs/router*"))

@@ -80,7 +80,7 @@ seen["no revision"] = outcome(lambda: hf_hub_download("org/first", "config.json"
 seen["no branch"] = outcome(lambda: api.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id="org/first",
     revision="none"))
 seen["no token"] = outcome(lambda: api.create_repo("org/second", token=False))
-seen["bad card"] = outcome(lambda: api.upload_file(path_or_fileobj=b"---\\nbase_model: /tmp/x\\n---\\n",
+seen["bad card"] = outcome(lambda: api.upload_file(path_or_fileobj=b"---\\nbase_model: /local/x\\n---\\n",
     path_in_repo="README.md", repo_id="org/first"))
 api.delete_repo("tester/mine")
 seen["deleted"] = outcome(lambda: api.model_info("tester/mine"))
@@ -189,7 +189,7 @@ def test_large_files_come_from_another_origin_which_is_sent_no_token(hub, seen):
         ("no file", "RemoteEntryNotFoundError", "none.json"),
         ("no revision", "RevisionNotFoundError", "none"),
         ("no branch", "RevisionNotFoundError", "none"),
-        ("bad card", "ValueError", '"base_model" with value "/tmp/x" is not valid'),
+        ("bad card", "ValueError", '"base_model" with value "/local/x" is not valid'),
     ],
 )
 def test_client_raises_the_error_of_its_own_for_what_is_missing(seen, what, error, message):
