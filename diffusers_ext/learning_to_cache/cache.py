@@ -76,13 +76,12 @@ class LearnedCache:
         host_time = _host_time(time)
         fresh = self._watch.look(host_time)
         if fresh:
-            self.states.restart()
-            self._contexts_begun.clear()
+            self._restart()
             self._full_run = self.check_num_rows(len(self._watch.grid))
             self._compare_sampler()
         elif host_time is not None and self._last_time is not None and host_time > self._last_time:
             if self.states.calls_per_step > 1:
-                self.states.restart()
+                self._restart()
         if self._watch.grid is None:
             self._full_run = None
         self._last_time = host_time
@@ -145,18 +144,18 @@ class LearnedCache:
         self.stats.evaluations += 1
         self.state = self.row = None
 
-    def abandon(self) -> None:
-        """The call failed: the next one begins a new run."""
-        self.state = self.row = None
-        self._last_time = None
-        self._contexts_begun.clear()
-        self.states.restart()
-
     def reset(self) -> None:
         """Drop all features; the next call is row 0 of a new run."""
-        self.abandon()
-        self._watch.forget()
+        self.state = self.row = None
+        self._last_time = None
         self._full_run = None
+        self._watch.forget()
+        self._restart()
+
+    def _restart(self) -> None:
+        """A new run begins in all contexts."""
+        self.states.restart()
+        self._contexts_begun.clear()  # by id of the states, which are gone
 
     def run_block(
         self,
@@ -280,7 +279,7 @@ class DenoiserHook(GuardedHook):
             self.cache.begin(timestep, (tuple(hidden_states.shape), hidden_states.dtype, hidden_states.device))
             output = self.fn_ref.original_forward(*args, **kwargs)
         except BaseException:
-            self.cache.abandon()
+            self.cache.reset()  # the call failed: the next one begins a new run
             raise
         self.cache.end()
         self.cache.stats.seconds += clock.perf_counter() - started

@@ -112,6 +112,9 @@ def test_the_stock_pipeline_notices_another_number_of_steps_at_the_first_call(ba
     with pytest.raises(ValueError, match="makes 5 evaluations"):
         draw(base, num_inference_steps=5)
     assert learned_cache_stats(base).evaluations == 0
+    with pytest.raises(ValueError, match="makes 5 evaluations"):  # also without fresh timesteps
+        latents, t = torch.randn(2, 4, 8, 8), base.scheduler.timesteps[0].expand(2)
+        base.transformer(latents, timestep=t, class_labels=torch.tensor([1, 4]))
     draw(base)
     assert learned_cache_stats(base).runs == 1
 
