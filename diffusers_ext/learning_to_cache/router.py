@@ -54,6 +54,7 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
     Attributes:
         logits: parameter (N, M), float32, rows in sampling order (row 0 is the noisiest), initialised from N(0, 1).
         origin: `diffusers_ext.hub.Origin` of the denoiser that it was made for, or None.
+        card_sections: further sections of the model card, heading to Markdown, such as how it was trained.
 
     Raises:
         ValueError: naming the argument, its value and what is expected.
@@ -83,6 +84,7 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
         if logit_bound is not None and not logit_bound > 0:
             raise ValueError(f"`logit_bound` must be positive or None, got {logit_bound}.")
         self.register_to_config(unit_names=unit_names, cached_steps=cached_steps)
+        self.card_sections: dict[str, str] = {}
         self.logits = nn.Parameter(torch.randn(num_steps, len(unit_names)))
 
     @classmethod
@@ -213,7 +215,8 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
             "sections": {
                 "What it saves": "\n".join(
                     ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
-                )
+                ),
+                **self.card_sections,
             },
         }
 

@@ -79,7 +79,7 @@ def parse_args() -> argparse.Namespace:
         "--work_dir", type=Path, default=Path("runs/digits-dit-router"), help="latents, resumable state"
     )
     parser.add_argument("--num_steps", type=int, default=20, help="denoiser evaluations N")
-    parser.add_argument("--regularization", type=float, default=1.1e-5, help="lambda, the price of a computed unit")
+    parser.add_argument("--regularization", type=float, default=1e-5, help="lambda, the price of a computed unit")
     parser.add_argument("--threshold", type=float, default=0.5)
     parser.add_argument("--learning_rate", type=float, default=0.1, help="few iterations; 1e-3 with tens of thousands")
     parser.add_argument("--iterations", type=int, default=800)
@@ -233,6 +233,18 @@ def drop_labels(
     return torch.where(torch.rand(len(labels), generator=generator) < args.label_dropout, null_class, labels)
 
 
+def describe_training(args: argparse.Namespace) -> str:
+    """For the model card."""
+    states = "states of the sampler's own runs" if args.data_dir is None else "noised images, as in the paper"
+    outputs = f"outputs guided by {args.guidance_scale:g}" if args.guidance_scale > 1 else "plain outputs"
+    weights = "weighed by what its errors do to the final sample" if args.weigh_rows else "unweighted, as in the paper"
+    return (
+        f"`examples/learning_to_cache/train_router.py` of diffusers-ext, the denoiser's weights frozen: {states}, "
+        f"{outputs}, each evaluation {weights}. {args.iterations} iterations of batch {args.batch_size}, AdamW at "
+        f"{args.learning_rate:g}, regularization {args.regularization:g}, seed {args.seed}."
+    )
+
+
 def main() -> None:
     args = parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -304,6 +316,7 @@ def main() -> None:
 
     if accelerator.is_main_process:
         router = accelerator.unwrap_model(router).cpu()
+        router.card_sections["Training"] = describe_training(args)
         router.save_pretrained(args.output_dir)
         stats = router.stats()
         logger.info(

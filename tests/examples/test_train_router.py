@@ -71,7 +71,7 @@ def test_other_arguments_are_refused_by_name(what, uninterrupted, images, tmp_pa
             ("--regularization", "1e-3", "--learning_rate", "0.2", "--num_steps", "6"),
             "runs/digits-dit-router/state",
             "--learning_rate was 0.1, now is 0.2; --num_steps was 4, now is 6; "
-            "--regularization was 1.1e-05, now is 0.001.",
+            "--regularization was 1e-05, now is 0.001.",
         ),
         "data": (("--data_dir", images), "runs/digits-dit-router", f"--data_dir was sklearn-digits, now is {images}."),
     }[what]

@@ -99,7 +99,9 @@ def test_resampling_takes_the_nearest_trained_row_and_warns():
 
 def test_saving_and_loading_keeps_everything_and_writes_a_valid_card(transformer, tmp_path):
     router = LearnedCacheRouter.for_denoiser(transformer, 6, threshold=0.4, base_model="org/base", cached_steps=[2, 5])
+    router.card_sections["Training"] = "A section of its own."
     router.save_pretrained(tmp_path)
+    assert "## Training\n\nA section of its own." in (tmp_path / "README.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "README.md",
         "config.json",
