@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.examples.scripts import run_script
+from tests.examples.scripts import ROOT, run_script
+from tests.hub_stand_in import run_python
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,21 @@ for way in (None, router):
     labels = torch.arange(10).repeat(quickstart.SAMPLES_PER_DIGIT)
     print("RIGHT", float((classifier(torch.from_numpy(images)[:, None] * 2 - 1) == labels).float().mean()))
 """
-    from tests.hub_stand_in import run_python
-
     output = run_python(code, {"HF_HUB_OFFLINE": "1"})
     shares = [float(share) for share in re.findall(r"RIGHT ([\d.]+)", output)]
     assert len(shares) == 2 and min(shares) >= 0.9
+
+
+def test_the_readmes_snippets_run():
+    """Both doors of the README, as a reader would paste them, with the same pictures."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    plain, custom = (block for block in blocks if "digits-dit" in block)
+    # The same noise for both doors.
+    seed = "import torch; torch.manual_seed(0)\n"
+    code = "".join(
+        seed + block + "\nprint('PICTURE', [hash(image.tobytes()) for image in images])\n" for block in (plain, custom)
+    )
+    output = run_python(code, {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"})
+    pictures = re.findall(r"PICTURE (.*)", output)
+    assert len(pictures) == 2 and pictures[0] == pictures[1]
+    assert "reused=66" in output
