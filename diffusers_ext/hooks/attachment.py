@@ -110,7 +110,8 @@ def find_hook(module: torch.nn.Module, name: str) -> ModelHook | None:
 def is_linked(module: torch.nn.Module, name: str) -> bool:
     """Whether calling the module still reaches its hook of this name.
 
-    False when something replaced the module's forward after the hook was attached.
+    False when something replaced the module's forward after the hook was attached, and also when something wrapped the
+    forward in a way that is not known here: then calls may still reach it.
     """
     module = unwrap_module(module)
     hook = find_hook(module, name)
@@ -160,9 +161,14 @@ def _unlink(module: torch.nn.Module, name: str) -> None:
     place = _place_of_link(module, name)
     if place is None:
         logger.warning(
-            f"The forward of {type(module).__name__} was replaced after the hook {name!r} was attached, so the hook "
-            "was not running any more; its registration is removed and the forward stays as it is."
+            f"The forward of {type(module).__name__} was wrapped or replaced after the hook {name!r} was attached; "
+            "the hook does nothing from now on, and the forward stays as it is."
         )
+        # Whoever wrapped it may go on calling it.
+        if reference.original_forward is not None:
+            reference.forward = reference.original_forward
+        reference.pre_forward = lambda module, *args, **kwargs: (args, kwargs)
+        reference.post_forward = lambda module, output: output
     else:
         place.set(reference.forward if reference.original_forward is None else reference.original_forward)
     hook.deinitalize_hook(module)

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import BoolTensor
 
-from ..hooks import attach, attached_hooks, detach, find_hook, is_linked
+from ..hooks import attach, attached_hooks, detach, find_hook
 from ..hooks._compat import unwrap_module
 from ..hub import describe_base, origin_difference
 from ..versions import warn_untested_versions
@@ -149,19 +149,13 @@ def find_caches(denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline) -> li
     """The caches applied to the denoisers.
 
     Raises:
-        ValueError: none is applied, or another tool has overwritten its hook.
+        ValueError: none is applied.
     """
     caches = []
     for denoiser in find_denoisers(denoiser_or_pipeline):
         hook = find_hook(denoiser, HOOK_NAME)
-        if hook is None:
-            continue
-        if not is_linked(denoiser, HOOK_NAME):
-            raise ValueError(
-                f"Another tool replaced the forward of {type(denoiser).__name__} and with it the learned cache's "
-                "hook. Call `remove_learned_cache`, then `apply_learned_cache` again."
-            )
-        caches.append(hook.cache)
+        if hook is not None:
+            caches.append(hook.cache)
     if not caches:
         raise ValueError("No learned cache is applied; call `apply_learned_cache` first.")
     return caches
@@ -191,12 +185,14 @@ def _warn_if_compiled(denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline)
     if isinstance(denoiser_or_pipeline, DiffusionPipeline):
         candidates = [getattr(denoiser_or_pipeline, name, None) for name in ("transformer", "transformer_2")]
     for module in candidates:
-        if isinstance(module, torch.nn.Module) and (
-            unwrap_module(module) is not module or module._compiled_call_impl is not None
-        ):
+        if not isinstance(module, torch.nn.Module):
+            continue
+        parts = [module, *(block for _, block in iterate_blocks(module))]
+        if unwrap_module(module) is not module or any(part._compiled_call_impl is not None for part in parts):
             logger.warning(
-                "The denoiser is compiled as a whole; with a learned cache it runs eagerly. Give "
-                "`compile_blocks=True` instead, which compiles its blocks."
+                "The denoiser or its blocks are compiled; with a learned cache a compiled denoiser runs eagerly "
+                "(and fails with `fullgraph=True`), and compiled blocks are compiled again and again. Give "
+                "`compile_blocks=True` instead, which compiles each kind of block once."
             )
 
 

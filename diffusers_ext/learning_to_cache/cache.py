@@ -112,7 +112,7 @@ class LearnedCache:
                 raise
             self._warn_once(f"{mismatch} Such evaluations are computed in full.", key="mismatch")
             return
-        if state.next_row == 0 and host_time is None and self._watch.grid is not None:
+        if state.next_row == 0 and known_time is None and step_index is None and self._watch.grid is not None:
             row = self._watch.first_row
         if row == 0 or row < state.next_row or state.next_row == 0:
             self._begin_run()
@@ -265,7 +265,10 @@ class DenoiserHook(GuardedHook):
         self._parameters = list(inspect.signature(type(module).forward).parameters)[1:]
         return module
 
-    @torch.compiler.disable
+    @torch.compiler.disable(
+        reason="A learned cache decides in Python at each call; compile without fullgraph=True, or give "
+        "LearnedCacheConfig(compile_blocks=True)."
+    )
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
             raise ValueError(

@@ -114,8 +114,15 @@ def locate_row(
         return step_index
     if grid is not None and time is not None:
         rows = rows_at(grid, time)
+        if state.next_row in rows:
+            return state.next_row
         if rows:
-            return state.next_row if state.next_row in rows else rows[0]
+            if state.next_row > 0 and state.start_time is not None and time != state.start_time:
+                if time == state.time:
+                    raise StepMismatchError(_called_twice(time))
+                if state.time is None and state.next_row >= num_rows and time < state.start_time:
+                    raise StepMismatchError(_too_many_steps(time, num_rows))
+            return rows[0]
     if state.next_row == 0:
         return 0
     if time is None or state.time is None:
@@ -130,18 +137,23 @@ def locate_row(
         # One call and a stop before the second: the next run begins at the very same timestep.
         if state.next_row == 1:
             return 0
-        raise StepMismatchError(
-            f"The denoiser was called twice at timestep {time:g}. If the sampling loop runs the guidance branches one "
-            "after the other, give `calls_per_step=2` or set `denoiser.cache_context(name)` around each call."
-        )
+        raise StepMismatchError(_called_twice(time))
     if state.next_row >= num_rows:
         raise StepMismatchError(_too_many_steps(time, num_rows))
     return state.next_row
+
+
+def _called_twice(time: float) -> str:
+    return (
+        f"The denoiser was called twice at timestep {time:g}. If the sampling loop runs the guidance branches one "
+        "after the other, give `calls_per_step=2` or set `denoiser.cache_context(name)` around each call."
+    )
 
 
 def _too_many_steps(time: float, num_rows: int) -> str:
     return (
         f"The sampler goes on at timestep {time:g} after {num_rows} evaluations, the number that the learned cache "
         f"was made for. Sample with num_inference_steps={num_rows}, use a router trained for this number, or give "
-        '`on_step_mismatch="full"` to compute everything.'
+        '`on_step_mismatch="full"` to compute everything. A loop of several calls a step needs `calls_per_step`; '
+        "after an interrupted run with timesteps on a device, call `reset_learned_cache`."
     )

@@ -1,6 +1,7 @@
 """Training a router with all weights of the denoiser frozen (paper, section 3.3; released `train_router.py`)."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -31,8 +32,10 @@ class LearnedCacheTrainer:
     trainer.detach()
     ```
 
-    The denoiser is frozen and put in evaluation mode, and carries hooks until `detach`. Only one row of the router's
-    logits has a gradient per call of `loss`.
+    The denoiser is frozen and put in evaluation mode, and carries hooks until `detach`. Per call of `loss` one row of
+    the router's logits has a gradient that is not zero. All rows are one parameter, so the momentum of an optimiser
+    like AdamW goes on moving the others: with K cached rows a draw moves its row about sqrt(K) times as far as in the
+    released code, which has a parameter per row. Divide the paper's learning rate by that.
 
     Args:
         denoiser: the diffusion transformer.
@@ -124,7 +127,7 @@ class LearnedCacheTrainer:
         step: int,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
-        from_sampler: bool = False,
+        next_sample: Tensor | None = None,
         **denoiser_kwargs: Any,
     ) -> LearnedCacheLoss:
         """The objective at one cached row.
@@ -138,8 +141,9 @@ class LearnedCacheTrainer:
             step: cached row m, one of the router's `cached_steps`.
             noise: like `sample`, the noise at row m - 1; drawn when not given.
             generator: for that draw.
-            from_sampler: `sample` is no clean latent but the sampler's own state at row m - 1, see
-                `sample_trajectory`: training without data, at the states that inference will meet.
+            next_sample: like `sample`. With it, `sample` is no clean latent but the sampler's own state at row m - 1,
+                and this its state at row m, both from `sample_trajectory`: training without data, at the states that
+                inference meets.
             **denoiser_kwargs: conditions, passed unchanged to all passes, with any drops already applied.
 
         Returns:
@@ -152,12 +156,16 @@ class LearnedCacheTrainer:
             raise ValueError(f"`step` must be one of the cached rows {sorted(self._rows)}, got {step}.")
         if step - 1 in self._rows:
             raise ValueError(f"`step` {step} follows cached row {step - 1}; training needs a full row before it.")
-        if from_sampler and noise is not None:
-            raise ValueError("`from_sampler` takes the sample as it is; give no `noise`.")
-        if noise is None and not from_sampler:
+        if next_sample is not None and noise is not None:
+            raise ValueError("`next_sample` comes with a sample that is taken as it is; give no `noise`.")
+        if next_sample is None and noise is None:
             noise = torch.randn(sample.shape, generator=generator, dtype=sample.dtype).to(sample.device)
         with torch.no_grad():
-            moved = self._to_next_row(sample, noise, step, denoiser_kwargs)
+            if next_sample is None:
+                moved = self._to_next_row(sample, noise, step, denoiser_kwargs)
+            else:
+                self._denoise(sample, step - 1, denoiser_kwargs, _MixingHook.record)
+                moved = next_sample
             teacher = self._denoise(moved, step, denoiser_kwargs, _MixingHook.pass_through)
         scores = self.router(step)
         betas = scores if self.ste_threshold is None else straight_through(scores, self.ste_threshold)
@@ -171,7 +179,7 @@ class LearnedCacheTrainer:
 
     @torch.no_grad()
     def sample_trajectory(self, noise: Tensor, **denoiser_kwargs: Any) -> Tensor:
-        """The states of a fully computed run, for `loss(..., from_sampler=True)`.
+        """The states of a fully computed run, for `loss(states[m - 1], m, next_sample=states[m])`.
 
         Args:
             noise: (batch, ...), standard normal.
@@ -204,10 +212,16 @@ class LearnedCacheTrainer:
             (N,), also kept as `row_weights` and used by `loss` from now on; 0 outside the cached rows.
         """
         _, full, _ = self._sample(noise, None, denoiser_kwargs)
-        weights = torch.zeros(len(self.timesteps), dtype=full.dtype)
+        weights = torch.zeros(len(self.timesteps), dtype=torch.promote_types(full.dtype, torch.float32))
         for row in sorted(self._rows):
             _, changed, distance = self._sample(noise, row, denoiser_kwargs)
-            weights[row] = (changed - full).square().mean() / distance if distance > 0 else 0.0
+            if distance != 0:
+                weights[row] = (changed - full).to(weights.dtype).square().mean() / distance
+        broken = [row for row, weight in enumerate(weights.tolist()) if not math.isfinite(weight)]
+        if broken:
+            raise ValueError(
+                f"Row weights are not finite at rows {broken}: the denoiser's outputs overflow or are NaN."
+            )
         self.row_weights = weights
         return weights
 
@@ -222,14 +236,12 @@ class LearnedCacheTrainer:
         """Remove the hooks from the denoiser. The trainer cannot be used afterwards."""
         detach(self.denoiser, TRAINER_HOOK_NAME)
 
-    def _to_next_row(self, sample: Tensor, noise: Tensor | None, step: int, denoiser_kwargs: dict[str, Any]) -> Tensor:
+    def _to_next_row(self, sample: Tensor, noise: Tensor, step: int, denoiser_kwargs: dict[str, Any]) -> Tensor:
         """Noise to row `step - 1`, store its unit outputs, and make the sampler's own step to row `step`."""
         scheduler = copy.deepcopy(self._scheduler)
         timestep = self.timesteps[step - 1]
-        noisy = sample
-        if noise is not None:
-            add_noise = getattr(scheduler, "add_noise", None) or scheduler.scale_noise
-            noisy = add_noise(sample, noise, timestep.expand(len(sample)).to(sample.device))
+        add_noise = getattr(scheduler, "add_noise", None) or scheduler.scale_noise
+        noisy = add_noise(sample, noise, timestep.expand(len(sample)).to(sample.device))
         output = self._denoise(noisy, step - 1, denoiser_kwargs, _MixingHook.record)
         return scheduler.step(_without_sigma(output, sample), timestep, noisy).prev_sample
 
@@ -273,6 +285,11 @@ class LearnedCacheTrainer:
         missing = [k for k, v in denoiser_kwargs.items() if isinstance(v, Tensor) and k not in self.null_kwargs]
         if missing:
             raise ValueError(f"`null_kwargs` must hold the null condition of every condition, {missing} is missing.")
+        wrong = [k for k, v in denoiser_kwargs.items() if isinstance(v, Tensor) and len(self.null_kwargs[k]) != len(v)]
+        if wrong:
+            raise ValueError(
+                f"`null_kwargs` must have the batch size of the data, {len(sample)}; {wrong} have another."
+            )
         both = torch.cat([sample, sample])
         conditions = {
             name: torch.cat([value, self.null_kwargs[name]]) if isinstance(value, Tensor) else value
@@ -331,6 +348,11 @@ def _fresh_scheduler(scheduler: Any, num_steps: int) -> Any:
             f"`scheduler` makes {len(scheduler.timesteps)} evaluations, the router is for {num_steps}; call "
             f"`scheduler.set_timesteps({num_steps})`."
         )
+    if str(scheduler.config.get("variance_type") or "").startswith("learned"):
+        raise ValueError(
+            "`scheduler` has `variance_type` 'learned...', which splits the output at a fixed channel; the trainer "
+            "strips learned sigmas itself. Use `from_config(scheduler.config, variance_type=None)`."
+        )
     fresh = copy.deepcopy(scheduler)
     fresh.set_timesteps(scheduler.num_inference_steps)
     if not torch.equal(fresh.timesteps.cpu(), scheduler.timesteps.cpu()):
@@ -345,7 +367,7 @@ def _check_deterministic(scheduler: Any) -> None:
         ends = []
         for seed in (0, 1):
             torch.manual_seed(seed)
-            stepper, state = copy.deepcopy(scheduler), torch.ones(1, 1, 2, 2)
+            stepper, state = copy.deepcopy(scheduler), torch.ones(1, 4, 2, 2)
             for timestep in scheduler.timesteps[:2]:
                 model_input = stepper.scale_model_input(state, timestep)
                 state = stepper.step(0.1 * model_input, timestep, state).prev_sample

@@ -206,9 +206,18 @@ def test_a_hook_cut_off_by_another_tool_is_noticed(model, caplog):
     model[0].forward = lambda x: x
     assert not is_linked(model[0], "a")
     detach(model, "a")
-    assert "was not running any more" in caplog.text
+    assert "does nothing from now on" in caplog.text
     assert torch.equal(model(X), X)
     assert "_diffusers_hook" not in vars(model[0])
+
+
+def test_a_forward_wrapped_by_another_tool_goes_on_after_removal(model):
+    attach(model, "a", [(model[0], Double())])
+    inner = model[0].forward
+    model[0].forward = lambda x: inner(x) + 1
+    assert torch.equal(model(X), 2 * X + 1)
+    detach(model, "a")
+    assert torch.equal(model(X), X + 1)
 
 
 def test_registry_caches_are_rebuilt(model):

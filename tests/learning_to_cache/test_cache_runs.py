@@ -188,6 +188,25 @@ def test_a_loop_of_ones_own_is_not_measured_by_the_pipelines_scheduler(pipe, lab
         assert np.array_equal(draw(pipe), image)
 
 
+def test_sequential_guidance_is_noticed_under_a_pipelines_scheduler_too(pipe, labels):
+    apply_learned_cache(pipe, table(pipe.transformer))
+    pipe.scheduler.set_timesteps(ROWS)
+    with pytest.raises(ValueError, match="calls_per_step=2"):
+        for t in pipe.scheduler.timesteps:
+            sample = torch.randn(2, 4, 8, 8)
+            call(pipe.transformer, [(sample, t.expand(2)), (sample, t.expand(2))], labels)
+
+
+def test_a_run_that_begins_inside_the_grid_begins_at_its_row(pipe, labels):
+    apply_learned_cache(pipe, table(pipe.transformer))
+    pipe.scheduler.set_timesteps(ROWS)
+    for _ in range(2):
+        for t in pipe.scheduler.timesteps[2:]:
+            call(pipe.transformer, [(torch.randn(2, 4, 8, 8), t.expand(2))], labels)
+    stats = learned_cache_stats(pipe)
+    assert (stats.runs, stats.evaluations, stats.reused, stats.full_evaluations) == (2, 8, 2 * 2 * 4, 0)
+
+
 def test_a_second_pipeline_around_the_same_denoiser_works(pipe):
     other = type(pipe)(**{**pipe.components, "scheduler": DDIMScheduler.from_config(pipe.scheduler.config)})
     other.set_progress_bar_config(disable=True)
@@ -249,5 +268,5 @@ def test_two_transformers_are_taken_together_or_not_at_all(monkeypatch, labels):
 def test_a_model_compiled_as_a_whole_is_named_at_apply(transformer, caplog):
     compiled = torch.compile(transformer, backend="eager")
     apply_learned_cache(compiled, table(transformer))
-    assert "with a learned cache it runs eagerly" in caplog.text
+    assert "a compiled denoiser runs eagerly" in caplog.text
     remove_learned_cache(transformer)

@@ -219,10 +219,27 @@ def test_training_without_data_starts_from_the_samplers_own_states(transformer, 
     abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0).double()[scheduler.timesteps[2]]
     clean = (states[2] - (1 - abar).sqrt() * data["noise"]) / abar.sqrt()
     by_data = trainer.loss(clean, 3, noise=data["noise"], class_labels=labels).data
-    by_state = trainer.loss(states[2], 3, from_sampler=True, class_labels=labels).data
+    by_state = trainer.loss(states[2], 3, next_sample=states[3], class_labels=labels).data
     torch.testing.assert_close(by_state, by_data, rtol=1e-4, atol=0)
-    with pytest.raises(ValueError, match="`from_sampler`.*no `noise`"):
-        trainer.loss(states[2], 3, noise=data["noise"], from_sampler=True, class_labels=labels)
+    with pytest.raises(ValueError, match="`next_sample`.*no `noise`"):
+        trainer.loss(states[2], 3, noise=data["noise"], next_sample=states[3], class_labels=labels)
+
+
+def test_weights_and_null_conditions_that_cannot_be_are_refused(transformer, router, scheduler, data, labels):
+    trainer = LearnedCacheTrainer(transformer, router, scheduler)
+    with pytest.raises(ValueError, match=r"not finite at rows \[1, 3, 5\]"):
+        trainer.weigh_rows(torch.full_like(data["noise"], float("nan")), class_labels=labels)
+    assert trainer.row_weights is None
+    trainer.detach()
+    for null, message in (({}, "class_labels.*missing"), ({"class_labels": labels[:1]}, "batch size of the data, 2")):
+        trainer = LearnedCacheTrainer(transformer, router, scheduler, guidance_scale=2.0, null_kwargs=null)
+        with pytest.raises(ValueError, match=message):
+            trainer.loss(step=3, **data)
+        trainer.detach()
+    learned = DPMSolverMultistepScheduler(variance_type="learned_range")
+    learned.set_timesteps(ROWS)
+    with pytest.raises(ValueError, match="variance_type=None"):
+        LearnedCacheTrainer(transformer, router, learned)
 
 
 @pytest.mark.parametrize("scheduler_class", [DDPMScheduler, EulerAncestralDiscreteScheduler, LCMScheduler])
