@@ -19,14 +19,12 @@ class Method:
         apply: applies it to a stock pipeline so that its output changes; must allow any number of steps.
         remove: takes it off.
         effect: how much it has done since `apply` (modules skipped, bytes sent, ...), 0 before any run.
-        compiles: whether a denoiser that is compiled as a whole works under it.
     """
 
     bases: tuple[str, ...]
     apply: Callable[[DiffusionPipeline], None]
     remove: Callable[[DiffusionPipeline], None]
     effect: Callable[[DiffusionPipeline], float]
-    compiles: bool = True
 
 
 def _apply_learned_cache(pipe: DiffusionPipeline) -> None:

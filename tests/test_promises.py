@@ -294,8 +294,6 @@ def test_block_wise_group_offload_runs_around_the_method(method, pipe, base):
 @pytest.mark.parametrize("order", ["compile first", "apply first"])
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_compiled_denoiser_gives_the_same(method, pipe, tiny_pipeline, base, order, in_place):
-    if not method.compiles:
-        pytest.skip("the method refuses compiled denoisers, which its own tests show")
     reference = tiny_pipeline(base)
     method.apply(reference)
     expected = run(reference, base)

@@ -127,6 +127,7 @@ class LearnedCacheTrainer:
         step: int,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        *,
         next_sample: Tensor | None = None,
         **denoiser_kwargs: Any,
     ) -> LearnedCacheLoss:
