@@ -12,8 +12,8 @@ from ..hooks import attach, attached_hooks, detach, find_hook
 from ..hooks._compat import unwrap_module
 from ..hub import describe_base, origin_difference
 from ..versions import warn_untested_versions
-from .adapters import find_unit_adapter, iterate_blocks
-from .cache import HOOK_NAME, TRAINER_HOOK_NAME, BlockHook, DenoiserHook, LearnedCache, block_forwards
+from .adapters import block_forwards, find_unit_adapter, iterate_blocks
+from .cache import HOOK_NAME, TRAINER_HOOK_NAME, BlockHook, DenoiserHook, LearnedCache
 from .config import LearnedCacheConfig
 from .router import METHOD, LearnedCacheRouter
 from .stats import LearnedCacheRunStats

@@ -11,7 +11,6 @@ from diffusers import DiffusionPipeline
 from torch import BoolTensor, Tensor
 
 from ..hooks import GuardedHook
-from .adapters import UnitAdapter
 from .rows import RowState, RowStates, StepMismatchError, locate_row
 from .sampler_watch import SamplerWatch
 from .schedule import stored_units
@@ -313,17 +312,6 @@ class BlockHook(GuardedHook):
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.cache.run_block(self.index, self.block_forward, self.fn_ref.original_forward, module, args, kwargs)
-
-
-def block_forwards(
-    adapters: list[UnitAdapter], compile_blocks: bool, compile_kwargs: dict[str, Any] | None
-) -> list[Callable]:
-    """The forward of each block's adapter; compiled, one compiled function serves all blocks of an adapter."""
-    if not compile_blocks:
-        return [adapter.forward for adapter in adapters]
-    options = {"fullgraph": True, **(compile_kwargs or {})}
-    compiled = {id(adapter): torch.compile(adapter.forward, **options) for adapter in adapters}
-    return [compiled[id(adapter)] for adapter in adapters]
 
 
 def _host_time(time: float | Tensor | None) -> float | None:

@@ -4,13 +4,12 @@ A model family is added by one file with a `UnitAdapter` and one line in `_ADAPT
 `register_unit_adapter`.
 """
 
-from collections.abc import Iterator
-
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 
-from ...hooks._compat import TRANSFORMER_BLOCK_LISTS, unwrap_module
 from . import basic_transformer_block
+from .block_order import iterate_blocks
+from .compiled_forward import block_forwards
 from .unit_adapter import BlockForward, Feature, Features, Plan, UnitAdapter, unit_output
 
 
@@ -20,6 +19,7 @@ __all__ = [
     "Features",
     "Plan",
     "UnitAdapter",
+    "block_forwards",
     "find_unit_adapter",
     "iterate_blocks",
     "list_units",
@@ -59,25 +59,6 @@ def find_unit_adapter(block: torch.nn.Module) -> UnitAdapter:
         f"No unit adapter for block class {type(block).__name__}; known: {known}. Write one and pass it to "
         "`register_unit_adapter`."
     )
-
-
-def iterate_blocks(denoiser: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The transformer blocks of a denoiser in execution order, named `"{list}.{index}"`.
-
-    Raises:
-        ValueError: the denoiser has no block list that diffusers names as such.
-    """
-    found = False
-    for name, child in unwrap_module(denoiser).named_children():
-        if name in TRANSFORMER_BLOCK_LISTS and isinstance(child, torch.nn.ModuleList):
-            for index, block in enumerate(child):
-                found = True
-                yield f"{name}.{index}", block
-    if not found:
-        raise ValueError(
-            f"{type(denoiser).__name__} has no transformer blocks to cache; expected a list of modules named "
-            f"{', '.join(sorted(TRANSFORMER_BLOCK_LISTS))}."
-        )
 
 
 def list_units(denoiser: torch.nn.Module) -> list[str]:
