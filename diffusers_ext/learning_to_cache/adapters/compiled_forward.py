@@ -1,4 +1,4 @@
-"""Compiling the adapters' forwards: once for all blocks of a class, since each hooked block is an object of its own."""
+"""Compiling the adapters' forwards: once for all blocks of a class, however many there are."""
 
 from collections.abc import Callable
 from typing import Any
