@@ -50,11 +50,18 @@ def _skipped_modules(pipe: DiffusionPipeline) -> float:
     return learned_cache_stats(pipe).reused
 
 
+# LTX has no adapter of its own: it stands for all models that the fallback serves.
+_LEARNED_CACHE_BASES = ("dit", "pixart", "latte", "sd3", "flux", "cogvideox", "wan", "ltx")
+
 METHODS: dict[str, Method] = {
-    "learned_cache": Method(("dit",), _apply_learned_cache, _remove_learned_cache, _skipped_modules),
+    "learned_cache": Method(_LEARNED_CACHE_BASES, _apply_learned_cache, _remove_learned_cache, _skipped_modules),
 }
 
 CASES: list[tuple[str, str]] = [(name, base) for name, method in METHODS.items() for base in method.bases]
+
+
+# What Wan's VAE writes on itself at each decoding.
+_RUNNING_STATE = {"_feat_map", "_conv_idx", "_enc_feat_map", "_enc_conv_idx"}
 
 
 def snapshot(pipe: DiffusionPipeline) -> dict[str, Any]:
@@ -66,11 +73,13 @@ def snapshot(pipe: DiffusionPipeline) -> dict[str, Any]:
     for component, module in pipe.components.items():
         if not isinstance(module, torch.nn.Module):
             continue
-        found[f"{component} config"] = (
-            dict(getattr(module, "config", None) or {}) if hasattr(module, "config") else None
-        )
+        config = getattr(module, "config", None)
+        # A text encoder's is of transformers, and no mapping.
+        found[f"{component} config"] = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
         for name, child in module.named_modules():
             for key, value in vars(child).items():
+                if key in _RUNNING_STATE:
+                    continue
                 path = f"{component}.{name}:{key}"
                 found[path] = {k: id(v) for k, v in value.items()} if isinstance(value, dict) else id(value)
                 if not isinstance(value, dict):

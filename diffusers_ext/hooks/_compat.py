@@ -4,6 +4,9 @@ A new diffusers release is adapted to here and nowhere else. Rooms import these 
 """
 
 from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS as TRANSFORMER_BLOCK_LISTS
+from diffusers.hooks._common import _ATTENTION_CLASSES as ATTENTION_CLASSES
+from diffusers.hooks._common import _FEEDFORWARD_CLASSES as FEEDFORWARD_CLASSES
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.hooks.hooks import BaseState, CacheContext, HookRegistry, ModelHook, StateManager
 from diffusers.hooks.hooks import _set_cache_context as set_cache_context
 from diffusers.utils.torch_utils import unwrap_module
@@ -16,6 +19,8 @@ ACCELERATE_FORWARD_ATTRIBUTE = "_old_forward"
 
 __all__ = [
     "ACCELERATE_FORWARD_ATTRIBUTE",
+    "ATTENTION_CLASSES",
+    "FEEDFORWARD_CLASSES",
     "REGISTRY_ATTRIBUTE",
     "TRANSFORMER_BLOCK_LISTS",
     "BaseState",
@@ -23,6 +28,8 @@ __all__ = [
     "HookRegistry",
     "ModelHook",
     "StateManager",
+    "TransformerBlockMetadata",
+    "TransformerBlockRegistry",
     "set_cache_context",
     "unwrap_module",
 ]

@@ -3,6 +3,7 @@
 Importing it imports neither torch nor diffusers, and `huggingface_hub` only when a function needs it.
 """
 
+from .component_modules import write_component_modules
 from .hub_model import HubModelMixin
 from .model_card import hub_model_id, validate_model_card, write_model_card
 from .origin import Origin, describe_base, origin_difference, read_origin, stamp_safetensors
@@ -22,5 +23,6 @@ __all__ = [
     "read_origin",
     "stamp_safetensors",
     "validate_model_card",
+    "write_component_modules",
     "write_model_card",
 ]

@@ -43,7 +43,7 @@ class HubModelMixin:
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save config, weights (safetensors with their origin) and model card.
+        """Save config, weights (safetensors with their origin) and model card with its pictures.
 
         Weights of the same variant that an earlier save left in the folder, and that this one has not replaced, are
         removed: they would be loaded instead of the new ones. Every other file stays.
@@ -84,8 +84,8 @@ class HubModelMixin:
                     stamp_safetensors(weights, self.origin)
             if is_main_process:
                 write_model_card(unfinished, **self.model_card())
-            # An index comes after the shards that it names, and goes before them.
-            written = sorted(os.listdir(unfinished), key=lambda name: name.endswith(".json"))
+            # An index comes after the shards that it names, and goes before them; a card comes after its pictures.
+            written = sorted(os.listdir(unfinished), key=lambda name: (name == "README.md", name.endswith(".json")))
             for name in written:
                 os.replace(Path(unfinished, name), folder / name)
         if not is_main_process:
@@ -129,7 +129,8 @@ class HubModelMixin:
         _require_safetensors(safe_serialization)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant)
-            names = [name for name in os.listdir(folder) if not (subfolder and name == "README.md")]
+            card = {"README.md", *(self.model_card().get("pictures") or {})} if subfolder else set()
+            names = [name for name in os.listdir(folder) if name not in card]
             return _upload(
                 Path(folder),
                 names,

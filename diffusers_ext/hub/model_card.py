@@ -18,6 +18,8 @@ from uuid import uuid4
 BASE_MODEL_RELATIONS = ("adapter", "finetune", "merge", "quantized")
 
 _FRONT_MATTER = re.compile(r"\A---\r?\n.*?^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+_PICTURE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.png")
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ARXIV_ID = re.compile(r"\d{4}\.\d{4,5}")
 _HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"{_HUB_NAME}(?:/{_HUB_NAME})?")
@@ -37,11 +39,12 @@ def write_model_card(
     arxiv_id: str | None = None,
     usage: str | None = None,
     sections: Mapping[str, str] | None = None,
+    pictures: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write `README.md`, a model card with valid front matter, into `folder`.
+    """Write `README.md`, a model card with valid front matter, and its pictures into `folder`.
 
-    The file is written beside its place and then moved there, so a reader or an interrupted run never meets half a
-    card. An existing `README.md` is replaced.
+    Each file is written beside its place and then moved there, so a reader or an interrupted run never meets half a
+    card. Existing files of these names are replaced; pictures come before the card that shows them.
 
     Args:
         folder: Where the card goes; created when missing.
@@ -60,6 +63,8 @@ def write_model_card(
         arxiv_id: The paper, such as `"2406.01733"`, linked as its page on the Hub.
         usage: Python code, without a fence around it.
         sections: Further sections in order, heading to Markdown.
+        pictures: File name to the bytes of a PNG file. A section shows one by `![what it shows](name)`; each must be
+            shown.
 
     Returns:
         The path of the written file.
@@ -103,6 +108,10 @@ def write_model_card(
     for heading, body in (sections or {}).items():
         _require_line("sections", heading)
         _require_text(f"sections[{heading!r}]", body)
+    if pictures is not None and not isinstance(pictures, Mapping):
+        raise TypeError(f"`pictures` must map file names to bytes, got {pictures!r}.")
+    for name, data in (pictures or {}).items():
+        _require_picture(name, data)
 
     hub_model = hub_model_id(base_model)
     metadata = ModelCardData(
@@ -125,18 +134,15 @@ def write_model_card(
         parts.append(f"## Paper\n\n<https://huggingface.co/papers/{arxiv_id}>")
     text = "\n\n".join(parts) + "\n"
     validate_model_card(text)
+    for name in pictures or {}:
+        if f"]({name})" not in text:
+            raise ValueError(f"`pictures` holds {name!r}, but no section shows it by `![...]({name})`.")
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    card = folder / "README.md"
-    # Opened by name and not by `tempfile`, whose files are readable by their owner only.
-    unfinished = folder / f".README.md.{uuid4().hex}.tmp"
-    try:
-        unfinished.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(unfinished, card)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return card
+    for name, data in (pictures or {}).items():
+        _write_whole(folder / name, data)
+    return _write_whole(folder / "README.md", text.encode("utf-8"))
 
 
 def validate_model_card(text: str) -> dict[str, Any]:
@@ -214,6 +220,24 @@ def hub_model_id(model: str | os.PathLike[str] | None) -> str | None:
             f"`base_model` must be a model on the Hub such as 'org/name', or a local path, got {model!r}."
         )
     return model
+
+
+def _write_whole(path: Path, data: bytes) -> Path:
+    # Opened by name and not by `tempfile`, whose files are readable by their owner only.
+    unfinished = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        unfinished.write_bytes(data)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def _require_picture(name: object, data: object) -> None:
+    if not (isinstance(name, str) and _PICTURE_NAME.fullmatch(name)):
+        raise ValueError(f"`pictures` must have plain file names such as 'plot.png', got {name!r}.")
+    if not (isinstance(data, bytes) and data.startswith(_PNG_SIGNATURE)):
+        raise ValueError(f"`pictures[{name!r}]` must hold the bytes of a PNG file.")
 
 
 def _require_text(name: str, value: object) -> None:

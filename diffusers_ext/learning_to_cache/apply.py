@@ -223,11 +223,13 @@ def _make_hooks(
         [len(names) for names in units],
         calls_per_step=config.calls_per_step,
         on_step_mismatch=config.on_step_mismatch,
+        reuse=config.reuse,
         compiled=config.compile_blocks,
         pipeline=pipeline,
         sampler=sampler,
     )
-    forwards = block_forwards(adapters, config.compile_blocks, config.compile_kwargs)
+    modules = [block for _, block in blocks]
+    forwards = block_forwards(modules, adapters, config.compile_blocks, config.compile_kwargs)
     pairs: list[tuple[torch.nn.Module, Any]] = [(denoiser, DenoiserHook(cache))]
     for index, ((_, block), forward) in enumerate(zip(blocks, forwards, strict=True)):
         pairs.append((block, BlockHook(cache, index, forward)))

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import BoolTensor, Tensor
 
 from ..hooks import GuardedHook
+from .reuse import Reuse, extended, reused_output
 from .rows import RowState, RowStates, StepMismatchError, locate_row
 from .sampler_watch import SamplerWatch
 from .schedule import stored_units
@@ -31,6 +32,7 @@ class LearnedCache:
         units_per_block: units of each block, summing to M.
         calls_per_step: see `LearnedCacheConfig`.
         on_step_mismatch: see `LearnedCacheConfig`.
+        reuse: see `LearnedCacheConfig`.
         compiled: the blocks' forwards are compiled, so blocks that neither reuse nor store go through them too.
         pipeline: whose scheduler tells when a run begins and how long it is; None when only the denoiser is known.
         sampler: class name of the scheduler that the table was made for, None when unknown.
@@ -43,11 +45,13 @@ class LearnedCache:
         *,
         calls_per_step: int = 1,
         on_step_mismatch: str = "error",
+        reuse: Reuse = "hold",
         compiled: bool = False,
         pipeline: DiffusionPipeline | None = None,
         sampler: str | None = None,
     ) -> None:
         self.on_step_mismatch = on_step_mismatch
+        self.reuse: Reuse = reuse
         self.compiled = compiled
         self.sampler = sampler
         self.num_rows = schedule.shape[0]
@@ -55,7 +59,7 @@ class LearnedCache:
         self.stats = LearnedCacheRunStats()
         # Per row and block, as Python bools: no tensor is read while sampling.
         self._plans = _rows_of_blocks(schedule, units_per_block)
-        self._stored = _rows_of_blocks(stored_units(schedule), units_per_block)
+        self._stored = _rows_of_blocks(stored_units(schedule, reuse), units_per_block)
         self._reusing_rows = [not computed for computed in schedule.all(dim=1).tolist()]
         self._all_computed = [tuple([True] * count) for count in units_per_block]
         self._watch = SamplerWatch(pipeline)
@@ -97,13 +101,21 @@ class LearnedCache:
                 self.stats.runs += 1
             return
         self._check_features(signature)
+        self._note_time(host_time, time)
+
+    def _note_time(self, host_time: float | None, time: float | Tensor | None) -> None:
+        """Remember the row's timestep, without reading it from a device."""
+        if self._watch.grid is not None:
+            host_time = self._watch.grid[self.row]
+        on_device = time.max() if isinstance(time, Tensor) else time
+        self.state.times[self.row] = on_device if host_time is None else host_time
 
     def _find_row(self, host_time: float | None, time: float | Tensor | None, step_index: int | None) -> None:
         """Set `row`, unless the run is longer than the table and that is allowed."""
         state = self.state
         known_time = host_time
         if host_time is None and time is not None and state.next_row in (0, self.num_rows):
-            known_time = float(time.flatten()[0])  # on a device: one synchronisation a run
+            known_time = float(time.max())  # on a device: one synchronisation a run
         try:
             row = locate_row(state, self.num_rows, known_time, step_index, self._watch.grid)
         except StepMismatchError as mismatch:
@@ -118,6 +130,7 @@ class LearnedCache:
             state.start_time = known_time
         if row == 0 or row != state.next_row:
             state.features.clear()
+            state.times.clear()
         self.row = row
 
     def _check_features(self, signature: tuple) -> None:
@@ -177,6 +190,9 @@ class LearnedCache:
             return original_forward(*args, **kwargs)
         plan = self._all_computed[index] if self._in_full else self._plans[self.row][index]
         kept = self._stored[self.row][index]
+        histories = self.state.features.get(index) or ((),) * len(plan)
+        # Nothing is stored where the block was not called at the rows before (a guidance that skips layers).
+        plan = tuple(computed or not history for computed, history in zip(plan, histories, strict=True))
         reused = plan.count(False)
         self.stats.reused += reused
         self.stats.computed += len(plan) - reused
@@ -184,13 +200,16 @@ class LearnedCache:
             # Nothing to reuse now or next: the block as it is, and features of before are no longer needed.
             self.state.features.pop(index, None)
             return original_forward(*args, **kwargs)
-        stored = self.state.features.get(index) or (None,) * len(plan)
         # None where it will not be read: compiled forwards are specialised on what they get.
-        stored = tuple(None if computed else feature for computed, feature in zip(plan, stored, strict=True))
+        stored = tuple(
+            None if computed else reused_output(history, self.reuse, self.row, self.state.times)
+            for computed, history in zip(plan, histories, strict=True)
+        )
         output, features = forward(block, plan, stored, *args, **kwargs)
         if any(kept):
             self.state.features[index] = tuple(
-                feature if keep else None for feature, keep in zip(features, kept, strict=True)
+                extended(history, self.row, feature, keep) if computed else history[:keep]
+                for computed, history, feature, keep in zip(plan, histories, features, kept, strict=True)
             )
         else:
             self.state.features.pop(index, None)
@@ -317,10 +336,10 @@ class BlockHook(GuardedHook):
 def _host_time(time: float | Tensor | None) -> float | None:
     """The timestep, unless reading it would wait for a device."""
     if isinstance(time, Tensor):
-        return float(time.flatten()[0]) if time.device.type == "cpu" else None
+        return float(time.max()) if time.device.type == "cpu" else None  # tokens of a given first frame are at 0
     return None if time is None else float(time)
 
 
-def _rows_of_blocks(table: BoolTensor, units_per_block: list[int]) -> list[list[tuple[bool, ...]]]:
-    """(N, M) bool to, per row, one tuple of Python bools per block."""
+def _rows_of_blocks(table: Tensor, units_per_block: list[int]) -> list[list[tuple]]:
+    """(N, M) to, per row, one tuple of Python bools or integers per block."""
     return [[tuple(part.tolist()) for part in row.split(units_per_block)] for row in table]

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from .reuse import Reuse
 from .router import LearnedCacheRouter, check_budget, check_threshold
 from .schedule import check_schedule
 
@@ -32,7 +33,9 @@ class LearnedCacheConfig:
             pipelines that batch both (DiT, PixArt, SD3) or set a context (Flux, CogVideoX, Wan).
         on_step_mismatch: when a run has another number of evaluations than the table: `"error"` raises a `ValueError`,
             `"full"` computes everything and warns once.
-        reuse: `"hold"` passes on the stored output unchanged, as in the paper.
+        reuse: `"hold"` passes on a unit's latest output unchanged, as in the paper. `"linear"` extrapolates it from
+            its two latest computed outputs, as a function of the timestep; it keeps up to twice the memory. Use what
+            the router was trained with.
         compile_blocks: compile the blocks' forward by units, once for all blocks of a class.
         compile_kwargs: passed to `torch.compile` with `compile_blocks`.
 
@@ -47,7 +50,7 @@ class LearnedCacheConfig:
     budget: float | None = None
     calls_per_step: int = 1
     on_step_mismatch: Literal["error", "full"] = "error"
-    reuse: Literal["hold"] = "hold"
+    reuse: Reuse = "hold"
     compile_blocks: bool = False
     compile_kwargs: dict[str, Any] | None = None
 
@@ -81,8 +84,8 @@ class LearnedCacheConfig:
             raise ValueError(f"`on_step_mismatch` must be 'error' or 'full', got {self.on_step_mismatch!r}.")
         if not isinstance(self.compile_blocks, bool):
             raise TypeError(f"`compile_blocks` must be True or False, got {self.compile_blocks!r}.")
-        if self.reuse != "hold":
-            raise ValueError(f"`reuse` must be 'hold', got {self.reuse!r}.")
+        if self.reuse not in ("hold", "linear"):
+            raise ValueError(f"`reuse` must be 'hold' or 'linear', got {self.reuse!r}.")
         if self.compile_kwargs is not None and not self.compile_blocks:
             raise ValueError("`compile_kwargs` needs `compile_blocks=True`.")
 

@@ -1,8 +1,9 @@
 """The router: one learned score per (denoiser evaluation, unit), a Hub-loadable model of a few hundred numbers."""
 
+import os
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -11,7 +12,9 @@ from torch import BoolTensor, Tensor, nn
 
 from ..hub import HubModelMixin, describe_base
 from .adapters import list_units
-from .schedule import budget_schedule, default_cached_steps, threshold_schedule
+from .conversion import convert_router_state_dict, load_original_checkpoint
+from .router_card import router_card
+from .schedule import budget_schedule, check_cached_steps, default_cached_steps, threshold_schedule
 from .stats import LearnedCacheStats, schedule_stats
 
 
@@ -55,6 +58,7 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
         logits: parameter (N, M), float32, rows in sampling order (row 0 is the noisiest), initialised from N(0, 1).
         origin: `diffusers_ext.hub.Origin` of the denoiser that it was made for, or None.
         card_sections: further sections of the model card, heading to Markdown, such as how it was trained.
+        macs: multiply-accumulates of the denoiser from `count_macs`, for the card; None leaves them out of it.
 
     Raises:
         ValueError: naming the argument, its value and what is expected.
@@ -85,6 +89,7 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
             raise ValueError(f"`logit_bound` must be positive or None, got {logit_bound}.")
         self.register_to_config(unit_names=unit_names, cached_steps=cached_steps)
         self.card_sections: dict[str, str] = {}
+        self.macs: dict[str, float] | None = None
         self.logits = nn.Parameter(torch.randn(num_steps, len(unit_names)))
 
     @classmethod
@@ -97,6 +102,32 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
         config.setdefault("denoiser_class", type(denoiser).__name__)
         router = cls(num_steps=num_steps, unit_names=list_units(denoiser), **config)
         router.origin = describe_base(denoiser, METHOD, base_model=router.config.base_model)
+        return router
+
+    @classmethod
+    def from_original_checkpoint(
+        cls,
+        path: str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        family: Literal["dit", "uvit"],
+        threshold: float | None = None,
+    ) -> "LearnedCacheRouter":
+        """Load a router that the authors released, or trained with their code.
+
+        Args:
+            path: the `.pt` or `.pth` file, or what it holds.
+            family: `"dit"`, or `"uvit"` whose files are arranged by pairs of evaluations.
+            threshold: default of `schedule`; when None, that of the authors: 0.1 for DiT, 0.9 for U-ViT.
+
+        Raises:
+            ValueError: the file holds no router of this family, or is not safe to read.
+        """
+        config, logits = convert_router_state_dict(load_original_checkpoint(path), family)
+        if threshold is not None:
+            config["threshold"] = threshold
+        router = cls(**config)
+        with torch.no_grad():
+            router.logits.copy_(logits)
         return router
 
     @property
@@ -144,14 +175,22 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
         check_threshold(threshold)
         return threshold_schedule(self(), self.cached_steps, threshold)
 
-    def stats(self, threshold: float | None = None, macs: dict[str, float] | None = None) -> LearnedCacheStats:
+    def stats(
+        self,
+        threshold: float | None = None,
+        macs: dict[str, float] | None = None,
+        *,
+        reuse: Literal["hold", "linear"] = "hold",
+    ) -> LearnedCacheStats:
         """What the table saves: units computed and removed, by row and kind of unit.
 
         Args:
             threshold: as in `schedule`.
-            macs: multiply-accumulates of each unit by name; with it the stats hold the saved share of them.
+            macs: multiply-accumulates of each unit by name, and of the whole denoiser under `""`, as `count_macs`
+                gives them; with it the stats hold the share of them that is left.
+            reuse: see `LearnedCacheConfig`; it decides what is stored.
         """
-        return schedule_stats(self.schedule(threshold), self.unit_names, self.cached_steps, macs)
+        return schedule_stats(self.schedule(threshold), self.unit_names, self.cached_steps, macs, reuse)
 
     def resample(self, num_steps: int, cached_steps: Sequence[int] | None = None) -> "LearnedCacheRouter":
         """A router for another number of evaluations: each row takes the trained row at the nearest relative position.
@@ -178,68 +217,8 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
         return router
 
     def model_card(self) -> dict[str, Any]:
-        """The card that `save_pretrained` and `push_to_hub` write."""
-        stats = self.stats()
-        denoiser = self.config.denoiser_class or "a diffusion transformer"
-        rows = {
-            "units computed, all evaluations": f"{stats.computed} of {stats.total} ({stats.computed_fraction:.1%})",
-            "units removed, cached evaluations": (
-                f"{stats.removed} of {stats.removable} ({stats.removed_fraction:.1%})"
-            ),
-            **{
-                f"removed `{kind}`, cached evaluations": f"{share:.1%}"
-                for kind, share in stats.removed_by_kind.items()
-            },
-            "units computed by cached evaluation, noisy to clean": " ".join(
-                str(stats.computed_per_row[row]) for row in self.cached_steps
-            ),
-            "threshold": str(self.config.threshold),
-        }
-        return {
-            "title": f"Learned cache router for {denoiser}, {self.num_steps} evaluations",
-            "summary": (
-                f"A Learning-to-Cache router: at {len(self.cached_steps)} of {self.num_steps} denoiser evaluations of "
-                f"{self.config.sampler or 'its sampler'} it says which of the {stats.num_units} units "
-                f"({', '.join(stats.removed_by_kind)}) are computed and which reuse the evaluation before."
-            ),
-            "tags": ("diffusers-ext", "learning-to-cache"),
-            "base_model": self.config.base_model,
-            "base_model_relation": "adapter" if self.config.base_model is not None else None,
-            "arxiv_id": "2406.01733",
-            "usage": (
-                "from diffusers_ext import LearnedCacheConfig, LearnedCacheRouter, apply_learned_cache\n"
-                f"{_sampler_usage(self.config.sampler)}\n"
-                'router = LearnedCacheRouter.from_pretrained("org/name", revision="commit id")\n'
-                "apply_learned_cache(pipe, LearnedCacheConfig(router=router))"
-            ),
-            "sections": {
-                "What it saves": "\n".join(
-                    ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
-                ),
-                **self.card_sections,
-            },
-        }
-
-
-def _sampler_usage(sampler: str | None) -> str:
-    """The lines of a card's code that set the sampler whose grid the router was trained on."""
-    if sampler is None:
-        return ""
-    module = "diffusers_ext.learning_to_cache" if sampler == "RespacedDDIMScheduler" else "diffusers"
-    return f"from {module} import {sampler}\n\npipe.scheduler = {sampler}.from_config(pipe.scheduler.config)"
+        """The card that `save_pretrained` and `push_to_hub` write: what the table saves, by row and as a picture."""
+        return router_card(self)
 
 
 _SHARED_CONFIG = ("threshold", "base_model", "denoiser_class", "sampler", "logit_bound")
-
-
-def check_cached_steps(cached_steps: Sequence[int], num_steps: int) -> None:
-    """Raises `ValueError` unless the rows ascend strictly within 1..num_steps-1."""
-    if any(isinstance(row, bool) or not isinstance(row, int) for row in cached_steps):
-        raise ValueError(f"`cached_steps` must hold integers, got {list(cached_steps)}.")
-    if 0 in cached_steps:
-        raise ValueError("`cached_steps` holds row 0, which has no row before it to reuse.")
-    if any(b <= a for a, b in zip(cached_steps, cached_steps[1:], strict=False)):
-        raise ValueError(f"`cached_steps` must ascend without repeats, got {list(cached_steps)}.")
-    out_of_range = [row for row in cached_steps if not 0 < row < num_steps]
-    if out_of_range:
-        raise ValueError(f"`cached_steps` must lie in 1..{num_steps - 1}, got {out_of_range}.")

@@ -8,6 +8,7 @@ of timesteps in the pipeline's scheduler, or the timesteps themselves, which des
 from typing import Any
 
 from ..hooks._compat import BaseState, CacheContext, StateManager
+from .reuse import History, Time
 from .sampler_watch import rows_at
 
 
@@ -23,7 +24,8 @@ class RowState(BaseState):
         time: timestep of the last call, None when it is not known on the host.
         start_time: timestep of the run's first call.
         signature: shape, dtype and device of the last call's input; stored features fit no other.
-        features: per block index, the unit outputs kept for the next row.
+        features: per block index, the outputs that each of its units keeps for later rows.
+        times: timestep by row, of this run's calls.
     """
 
     def __init__(self) -> None:
@@ -34,7 +36,8 @@ class RowState(BaseState):
         self.time: float | None = None
         self.start_time: float | None = None
         self.signature: tuple | None = None
-        self.features: dict[int, tuple] = {}
+        self.features: dict[int, tuple[History, ...]] = {}
+        self.times: dict[int, Time] = {}
 
 
 class RowStates(StateManager):

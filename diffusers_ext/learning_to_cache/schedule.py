@@ -5,6 +5,7 @@ resulting table is fixed for inference. `True` computes, `False` reuses what the
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import BoolTensor, Tensor
@@ -57,27 +58,31 @@ def budget_schedule(scores: Tensor, cached_steps: Sequence[int], budget: float) 
     return schedule
 
 
-def random_schedule(num_steps: int, num_units: int, compute: float, *, seed: int = 0) -> BoolTensor:
-    """The baseline without learning: reuse at random pairs of the odd rows until `compute` of all pairs is left.
+def random_schedule(
+    num_steps: int,
+    num_units: int,
+    compute: float,
+    *,
+    seed: int = 0,
+    cached_steps: Sequence[int] | None = None,
+) -> BoolTensor:
+    """The baseline without learning: reuse at random pairs of the cached rows until `compute` of all pairs is left.
 
     Args:
         num_steps: N, evaluations.
         num_units: M, units.
-        compute: share of the N x M pairs to compute; at least the share of the even rows.
+        compute: share of the N x M pairs to compute; at least the share of the rows without reuse.
         seed: of the choice.
+        cached_steps: rows at which reuse is allowed; default: 1, 3, 5, ...
 
     Returns:
         (N, M) bool.
 
     Raises:
-        ValueError: `compute` cannot be reached by reuse at odd rows alone.
+        ValueError: `compute` cannot be reached by reuse at the cached rows alone, or `cached_steps` is no such list.
     """
-    rows = default_cached_steps(num_steps)
+    rows, removed = cached_rows_and_removed_pairs(num_steps, num_units, compute, cached_steps)
     pairs = len(rows) * num_units
-    removed = round((1 - compute) * num_steps * num_units)
-    if not 0 <= removed <= pairs:
-        lowest = 1 - pairs / (num_steps * num_units)
-        raise ValueError(f"`compute` must lie in [{lowest:.3f}, 1] for {num_steps} rows, got {compute}.")
     generator = torch.Generator().manual_seed(seed)
     keep = torch.ones(pairs, dtype=torch.bool)
     keep[torch.randperm(pairs, generator=generator)[:removed]] = False
@@ -86,18 +91,121 @@ def random_schedule(num_steps: int, num_units: int, compute: float, *, seed: int
     return schedule
 
 
-def stored_units(schedule: BoolTensor) -> BoolTensor:
-    """Which unit outputs must be kept after each row: those that the next row reuses.
+def uniform_schedule(
+    num_steps: int,
+    num_units: int,
+    compute: float,
+    *,
+    cached_steps: Sequence[int] | None = None,
+) -> BoolTensor:
+    """The baseline of even skipping: every cached row reuses as many units, spread evenly over the depth.
+
+    Counts of two rows differ by one at most, where they must. The pattern moves by one unit from row to row, so that
+    with alternating attention and feed-forward no kind is spared throughout.
+
+    Args:
+        num_steps: N, evaluations.
+        num_units: M, units.
+        compute: share of the N x M pairs to compute; at least the share of the rows without reuse.
+        cached_steps: rows at which reuse is allowed; default: 1, 3, 5, ...
+
+    Returns:
+        (N, M) bool.
+
+    Raises:
+        ValueError: as `random_schedule`.
+    """
+    rows, removed = cached_rows_and_removed_pairs(num_steps, num_units, compute, cached_steps)
+    schedule = torch.ones(num_steps, num_units, dtype=torch.bool)
+    units = torch.arange(num_units)
+    for index, row in enumerate(rows):
+        count = (index + 1) * removed // len(rows) - index * removed // len(rows)
+        place = units + index
+        # One unit is reused wherever the multiples of count / M pass a whole number: `count` times in M places.
+        schedule[row] = (place + 1) * count // num_units == place * count // num_units
+    return schedule
+
+
+def lowest_error_schedule(
+    errors: Tensor,
+    compute: float,
+    *,
+    cached_steps: Sequence[int] | None = None,
+) -> BoolTensor:
+    """The greedy baseline: reuse the (cached row, unit) pairs of smallest error until `compute` of all is left.
+
+    Each pair is judged alone, as if all others were computed; what a learned router sees beyond it is how they add up.
+
+    Args:
+        errors: (N, M), see `reuse_errors`; rows outside the cached ones are never read.
+        compute: share of the N x M pairs to compute; at least the share of the rows without reuse.
+        cached_steps: rows at which reuse is allowed; default: 1, 3, 5, ...
+
+    Returns:
+        (N, M) bool.
+
+    Raises:
+        ValueError: as `random_schedule`, or the error of a cached row is NaN.
+    """
+    num_steps, num_units = errors.shape
+    rows, removed = cached_rows_and_removed_pairs(num_steps, num_units, compute, cached_steps)
+    ranked = errors[rows].cpu().flatten()
+    if bool(ranked.isnan().any()):
+        broken = [row for row in rows if bool(errors[row].isnan().any())]
+        raise ValueError(f"`errors` holds NaN at rows {broken}; the denoiser's outputs overflow or are NaN.")
+    keep = torch.ones(ranked.shape, dtype=torch.bool)
+    keep[ranked.argsort(stable=True)[:removed]] = False
+    schedule = torch.ones(num_steps, num_units, dtype=torch.bool)
+    schedule[rows] = keep.view(len(rows), num_units)
+    return schedule
+
+
+def cached_rows_and_removed_pairs(
+    num_steps: int, num_units: int, compute: float, cached_steps: Sequence[int] | None
+) -> tuple[list[int], int]:
+    """The rows at which reuse is allowed, and how many of their (row, unit) pairs to reuse to leave `compute` of all.
+
+    Raises:
+        ValueError: as `random_schedule`.
+    """
+    rows = default_cached_steps(num_steps) if cached_steps is None else list(cached_steps)
+    check_cached_steps(rows, num_steps)
+    removed = round((1 - compute) * num_steps * num_units)
+    if not 0 <= removed <= len(rows) * num_units:
+        lowest = 1 - len(rows) / num_steps
+        raise ValueError(f"`compute` must lie in [{lowest:.3f}, 1] for {num_steps} rows, got {compute}.")
+    return rows, removed
+
+
+def stored_units(schedule: BoolTensor, reuse: Literal["hold", "linear"] = "hold") -> Tensor:
+    """How many of its latest computed outputs each unit must keep after each row: no more than later rows reuse.
 
     Args:
         schedule: (N, M) bool, True = compute.
+        reuse: `"hold"` reads the latest output where the next row reuses the unit. `"linear"` reads the two latest
+            ones there, so the latest must be kept already where the row after next reuses.
 
     Returns:
-        (N, M) bool; the last row is all False.
+        (N, M) int64 of 0, 1 and, for `"linear"`, 2; the last row is all 0.
     """
-    stored = torch.zeros_like(schedule)
-    stored[:-1] = ~schedule[1:]
+    stored = torch.zeros(schedule.shape, dtype=torch.int64)
+    if reuse == "linear":
+        stored[:-2] = (~schedule[2:]).long()
+    stored[:-1][~schedule[1:]] = 2 if reuse == "linear" else 1
     return stored
+
+
+def check_cached_steps(cached_steps: Sequence[int], num_steps: int) -> None:
+    """Raises `ValueError` unless the rows ascend strictly within 1..num_steps-1."""
+    if any(isinstance(row, bool) or not isinstance(row, int) for row in cached_steps):
+        raise ValueError(f"`cached_steps` must hold integers, got {list(cached_steps)}.")
+    if 0 in cached_steps:
+        raise ValueError("`cached_steps` holds row 0, which has no row before it to reuse.")
+    if any(b <= a for a, b in zip(cached_steps, cached_steps[1:], strict=False)):
+        raise ValueError(f"`cached_steps` must ascend without repeats, got {list(cached_steps)}.")
+    out_of_range = [row for row in cached_steps if not 0 < row < num_steps]
+    if out_of_range:
+        raise ValueError(f"`cached_steps` must lie in 1..{num_steps - 1}, got {out_of_range}.")
 
 
 def check_schedule(schedule: Tensor, unit_names: Sequence[str]) -> None:

@@ -2,19 +2,22 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from ..hooks import GuardedHook, attach, detach, find_hook
+from ..hooks import find_hook
 from ..hooks._compat import unwrap_module
-from .adapters import Features, find_unit_adapter, iterate_blocks, list_units
-from .cache import HOOK_NAME, TRAINER_HOOK_NAME
+from .adapters import list_units
+from .cache import HOOK_NAME
 from .objective import LearnedCacheLoss, output_distance, straight_through
+from .reuse import Reuse
 from .router import LearnedCacheRouter, check_threshold
+from .training_sampler import fresh_scheduler, without_sigma
+from .unit_mixer import UnitMixer
 
 
 class LearnedCacheTrainer:
@@ -49,6 +52,7 @@ class LearnedCacheTrainer:
         guidance_scale: compare guided outputs: every pass runs the condition and the null condition.
         null_kwargs: the null condition, keyword arguments of the denoiser with the batch size of the data; required
             with `guidance_scale`.
+        reuse: `"hold"` or `"linear"`, what inference will use, see `LearnedCacheConfig`.
 
     Attributes:
         timesteps: (N,), of the rows.
@@ -69,6 +73,7 @@ class LearnedCacheTrainer:
         ste_threshold: float | None = None,
         guidance_scale: float | None = None,
         null_kwargs: dict[str, Any] | None = None,
+        reuse: Reuse = "hold",
     ) -> None:
         denoiser = unwrap_module(denoiser)
         self._plain_router: LearnedCacheRouter = getattr(router, "module", router)
@@ -78,6 +83,8 @@ class LearnedCacheTrainer:
             raise ValueError(f"`regularization` must not be negative, got {regularization}.")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"`reduction` must be 'mean' or 'sum', got {reduction!r}.")
+        if reuse not in ("hold", "linear"):
+            raise ValueError(f"`reuse` must be 'hold' or 'linear', got {reuse!r}.")
         if ste_threshold is not None:
             check_threshold(ste_threshold)
         if (guidance_scale is None) != (null_kwargs is None):
@@ -92,29 +99,19 @@ class LearnedCacheTrainer:
             )
         if getattr(denoiser, "is_gradient_checkpointing", False):
             raise ValueError("Gradient checkpointing calls blocks twice; call `disable_gradient_checkpointing()`.")
-        self._scheduler = _fresh_scheduler(scheduler, self._plain_router.num_steps)
+        self._scheduler = fresh_scheduler(scheduler, self._plain_router.num_steps)
         self.denoiser = denoiser.requires_grad_(False).eval()  # last: what was refused above is left as it was
         self.router = router
         self.regularization = regularization
         self.reduction = reduction
+        self.reuse = reuse
         self.ste_threshold = ste_threshold
         self.guidance_scale = guidance_scale
         self.null_kwargs = null_kwargs or {}
         self.timesteps: Tensor = self._scheduler.timesteps
         self.row_weights: Tensor | None = None
-        self._rows = set(self._plain_router.cached_steps)
-
-        self._hooks: list[_MixingHook] = []
-        start = 0
-        pairs = []
-        for _, block in iterate_blocks(denoiser):
-            adapter = find_unit_adapter(block)
-            count = len(adapter.units(block))
-            hook = _MixingHook(adapter.forward, slice(start, start + count))
-            self._hooks.append(hook)
-            pairs.append((block, hook))
-            start += count
-        attach(denoiser, TRAINER_HOOK_NAME, pairs)
+        self._cached_rows = set(self._plain_router.cached_steps)
+        self._mixer = UnitMixer(denoiser, reuse, self.timesteps.tolist())
 
     def sample_step(self, generator: torch.Generator | None = None) -> int:
         """A cached row, uniformly drawn. On several processes give equal generators: all train the same row."""
@@ -127,70 +124,86 @@ class LearnedCacheTrainer:
         step: int,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
-        *,
-        next_sample: Tensor | None = None,
         **denoiser_kwargs: Any,
     ) -> LearnedCacheLoss:
         """The objective at one cached row.
 
-        The sample is noised to row `step - 1`, whose unit outputs are stored, and taken to row `step` by one step of
-        the sampler. There the denoiser runs twice: all computed (teacher), and with each unit mixed from its computed
-        and its stored output by its score (student).
+        The sample is noised to the last full row before `step` and taken to `step` by the sampler, the units' outputs
+        kept on the way. At `step` the denoiser runs twice: all computed (teacher), and with each unit mixed from its
+        computed and its reused output by its score (student).
+
+        Where cached rows lie between the full row and `step`, the student passes through them as at inference, by the
+        router's present table. `reuse="linear"` begins one full row earlier, to have two outputs to continue.
 
         Args:
             sample: (batch, ...), clean latents, scaled as the denoiser takes them.
             step: cached row m, one of the router's `cached_steps`.
-            noise: like `sample`, the noise at row m - 1; drawn when not given.
+            noise: like `sample`, the noise at the first row of the way; drawn when not given.
             generator: for that draw.
-            next_sample: like `sample`. With it, `sample` is no clean latent but the sampler's own state at row m - 1,
-                and this its state at row m, both from `sample_trajectory`: training without data, at the states that
-                inference meets.
             **denoiser_kwargs: conditions, passed unchanged to all passes, with any drops already applied.
 
         Returns:
             `LearnedCacheLoss`, differentiable with respect to the router's row `step`.
 
         Raises:
-            ValueError: `step` is no cached row, or the row before it is one too.
+            ValueError: `step` is no cached row.
         """
-        if step not in self._rows:
-            raise ValueError(f"`step` must be one of the cached rows {sorted(self._rows)}, got {step}.")
-        if step - 1 in self._rows:
-            raise ValueError(f"`step` {step} follows cached row {step - 1}; training needs a full row before it.")
-        if next_sample is not None and noise is not None:
-            raise ValueError("`next_sample` comes with a sample that is taken as it is; give no `noise`.")
-        if next_sample is None and noise is None:
-            noise = torch.randn(sample.shape, generator=generator, dtype=sample.dtype).to(sample.device)
+        if step not in self._cached_rows:
+            raise ValueError(f"`step` must be one of the cached rows {sorted(self._cached_rows)}, got {step}.")
+        try:
+            state = self._move_to_row(step, sample, noise, generator, denoiser_kwargs)
+            return self._loss_at(state, step, denoiser_kwargs)
+        finally:
+            self._mixer.forget()
+
+    def _loss_at(self, state: Tensor, step: int, denoiser_kwargs: dict[str, Any]) -> LearnedCacheLoss:
+        """Teacher against student at a state of a cached row, reusing what the mixer keeps."""
         with torch.no_grad():
-            if next_sample is None:
-                moved = self._to_next_row(sample, noise, step, denoiser_kwargs)
-            else:
-                self._denoise(sample, step - 1, denoiser_kwargs, _MixingHook.record)
-                moved = next_sample
-            teacher = self._denoise(moved, step, denoiser_kwargs, _MixingHook.pass_through)
+            self._mixer.compute_all()
+            teacher = self._denoise(state, step, denoiser_kwargs)
         scores = self.router(step)
         betas = scores if self.ste_threshold is None else straight_through(scores, self.ste_threshold)
-        betas = betas.to(sample.device)
-        student = self._denoise_mixed(moved, step, denoiser_kwargs, betas)
+        self._mixer.mix(step, betas.to(state.device))
+        student = self._denoise(state, step, denoiser_kwargs)
         data = output_distance(teacher, student, self.reduction)
         if self.row_weights is not None:
             data = self.row_weights[step].to(data) * data
         sparsity = scores.sum()
         return LearnedCacheLoss(total=data + self.regularization * sparsity, data=data, sparsity=sparsity)
 
-    @torch.no_grad()
-    def sample_trajectory(self, noise: Tensor, **denoiser_kwargs: Any) -> Tensor:
-        """The states of a fully computed run, for `loss(states[m - 1], m, next_sample=states[m])`.
+    def losses_of_run(self, noise: Tensor, **denoiser_kwargs: Any) -> Iterator[LearnedCacheLoss]:
+        """The objective at every cached row of one run of the sampler: training without data. Beyond the paper.
+
+        ```python
+        for loss in trainer.losses_of_run(noise, class_labels=labels):
+            loss.total.backward()  # one row's graph at a time
+        optimizer.step()
+        ```
+
+        The run begins at noise and follows the router's present table, so states and stored outputs are those that
+        inference meets, whatever was reused before, over any number of consecutive cached rows. HarmoniCa
+        (https://huggingface.co/papers/2410.01723) shows that training needs them.
 
         Args:
             noise: (batch, ...), standard normal.
             **denoiser_kwargs: conditions.
 
-        Returns:
-            (N, batch, ...): row r holds what the denoiser gets at row r.
+        Yields:
+            one `LearnedCacheLoss` per cached row, differentiable with respect to that row of the router.
         """
-        states, _, _ = self._sample(noise, None, denoiser_kwargs)
-        return states
+        table = self._table()
+        scheduler = copy.deepcopy(self._scheduler)
+        state = noise * scheduler.init_noise_sigma
+        try:
+            for row, timestep in enumerate(self.timesteps):
+                if row in self._cached_rows:
+                    yield self._loss_at(state, row, denoiser_kwargs)
+                with torch.no_grad():
+                    self._mixer.follow(row, table[row])
+                    output = self._denoise(state, row, denoiser_kwargs)
+                    state = scheduler.step(without_sigma(output, state), timestep, state).prev_sample
+        finally:
+            self._mixer.forget()
 
     @torch.no_grad()
     def weigh_rows(self, noise: Tensor, **denoiser_kwargs: Any) -> Tensor:
@@ -212,10 +225,10 @@ class LearnedCacheTrainer:
         Returns:
             (N,), also kept as `row_weights` and used by `loss` from now on; 0 outside the cached rows.
         """
-        _, full, _ = self._sample(noise, None, denoiser_kwargs)
+        full, _ = self._sample_with_reuse_at(None, noise, denoiser_kwargs)
         weights = torch.zeros(len(self.timesteps), dtype=torch.promote_types(full.dtype, torch.float32))
-        for row in sorted(self._rows):
-            _, changed, distance = self._sample(noise, row, denoiser_kwargs)
+        for row in sorted(self._cached_rows):
+            changed, distance = self._sample_with_reuse_at(row, noise, denoiser_kwargs)
             if distance != 0:
                 weights[row] = (changed - full).to(weights.dtype).square().mean() / distance
         broken = [row for row, weight in enumerate(weights.tolist()) if not math.isfinite(weight)]
@@ -233,52 +246,103 @@ class LearnedCacheTrainer:
         if bound is not None:
             self._plain_router.logits.clamp_(-bound, bound)
 
+    @torch.no_grad()
+    def steer_(self, computed: float, rate: float = 0.05) -> float:
+        """Move `regularization` so that the router comes to a wanted cost: dual ascent. Call after optimiser steps.
+
+        Lambda is multiplied by `exp(rate * (present - wanted))`, both in units per cached row of the present table: it
+        rises while more is computed than wanted.
+
+        Args:
+            computed: in [0, 1], wanted share of (cached row, unit) pairs that is computed.
+            rate: speed of the ascent, per missed unit of a row.
+
+        Returns:
+            the new `regularization`.
+
+        Raises:
+            ValueError: `computed` is out of range, or `regularization` is 0, which nothing can multiply.
+        """
+        if not 0 <= computed <= 1:
+            raise ValueError(f"`computed` must lie in [0, 1], got {computed}.")
+        if self.regularization == 0:
+            raise ValueError("`regularization` is 0 and cannot be steered; begin with a small positive value.")
+        table = self._plain_router.schedule()[self._plain_router.cached_steps]
+        missed = (float(table.float().mean()) - computed) * table.shape[1]
+        self.regularization *= math.exp(rate * missed)
+        return self.regularization
+
     def detach(self) -> None:
         """Remove the hooks from the denoiser. The trainer cannot be used afterwards."""
-        detach(self.denoiser, TRAINER_HOOK_NAME)
+        self._mixer.detach()
 
-    def _to_next_row(self, sample: Tensor, noise: Tensor, step: int, denoiser_kwargs: dict[str, Any]) -> Tensor:
-        """Noise to row `step - 1`, store its unit outputs, and make the sampler's own step to row `step`."""
-        scheduler = copy.deepcopy(self._scheduler)
-        timestep = self.timesteps[step - 1]
-        add_noise = getattr(scheduler, "add_noise", None) or scheduler.scale_noise
-        noisy = add_noise(sample, noise, timestep.expand(len(sample)).to(sample.device))
-        output = self._denoise(noisy, step - 1, denoiser_kwargs, _MixingHook.record)
-        return scheduler.step(_without_sigma(output, sample), timestep, noisy).prev_sample
+    def _table(self) -> list[list[bool]]:
+        """The router's present table, (N, M)."""
+        return self._plain_router.schedule().tolist()
 
-    def _sample(
-        self, noise: Tensor, reusing_row: int | None, denoiser_kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A run in which one row reuses everything: its states, the final sample, and that row's data term."""
-        scheduler = copy.deepcopy(self._scheduler)
-        sample, states, distance = noise * scheduler.init_noise_sigma, [], None
-        for row, timestep in enumerate(self.timesteps):
-            states.append(sample)
-            recording = reusing_row is not None and row == reusing_row - 1
-            mode = _MixingHook.record if recording else _MixingHook.pass_through
-            output = self._denoise(sample, row, denoiser_kwargs, mode)
-            if row == reusing_row:
-                betas = torch.zeros(len(self._plain_router.unit_names), device=sample.device)
-                reused = self._denoise_mixed(sample, row, denoiser_kwargs, betas)
-                distance = output_distance(output, reused, self.reduction)
-                output = reused
-            sample = scheduler.step(_without_sigma(output, sample), timestep, sample).prev_sample
-        return torch.stack(states), sample, distance
+    def _full_row_before(self, row: int) -> int | None:
+        return next((r for r in range(row - 1, -1, -1) if r not in self._cached_rows), None)
 
-    def _denoise_mixed(self, sample: Tensor, row: int, denoiser_kwargs: dict[str, Any], betas: Tensor) -> Tensor:
-        """The output with each unit mixed from its computed and its stored output, which is forgotten then."""
-        try:
-            return self._denoise(sample, row, denoiser_kwargs, lambda hook: hook.mix(betas))
-        finally:
-            for hook in self._hooks:
-                hook.forget()
-
-    def _denoise(
-        self, sample: Tensor, row: int, denoiser_kwargs: dict[str, Any], set_mode: Callable[["_MixingHook"], None]
+    @torch.no_grad()
+    def _move_to_row(
+        self,
+        step: int,
+        sample: Tensor,
+        noise: Tensor | None,
+        generator: torch.Generator | None,
+        denoiser_kwargs: dict[str, Any],
     ) -> Tensor:
-        """The denoiser's output at a row, guided if so configured, with all blocks in one mode."""
-        for hook in self._hooks:
-            set_mode(hook)
+        """Noise to a full row and go on to row `step`; keeps the outputs that its units would reuse there."""
+        scheduler = copy.deepcopy(self._scheduler)
+        last_full = self._full_row_before(step)
+        first = last_full
+        if self.reuse == "linear":
+            earlier = self._full_row_before(last_full)
+            first = last_full if earlier is None else earlier
+        first -= first % getattr(scheduler, "order", 1)  # a solver of two evaluations a step begins with the first
+        if noise is None:
+            noise = torch.randn(sample.shape, generator=generator, dtype=sample.dtype).to(sample.device)
+        add_noise = getattr(scheduler, "add_noise", None) or scheduler.scale_noise
+        state = add_noise(sample, noise, _expand(self.timesteps[first], sample))
+        table = self._table()
+        for row in range(first, step):
+            # Up to the last full row the states are the teacher's, while the history is that of the table.
+            if row <= last_full:
+                self._mixer.record(row, table[row])
+            else:
+                self._mixer.follow(row, table[row])
+            output = self._denoise(state, row, denoiser_kwargs)
+            state = scheduler.step(without_sigma(output, state), self.timesteps[row], state).prev_sample
+        return state
+
+    def _sample_with_reuse_at(
+        self, reusing_row: int | None, noise: Tensor, denoiser_kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """A run in which one row reuses everything from full rows: the final sample, and that row's data term."""
+        scheduler = copy.deepcopy(self._scheduler)
+        sample, distance = noise * scheduler.init_noise_sigma, None
+        units = len(self._plain_router.unit_names)
+        try:
+            for row, timestep in enumerate(self.timesteps):
+                if reusing_row is None:
+                    self._mixer.compute_all()
+                else:
+                    self._mixer.record(row, [row not in self._cached_rows] * units)
+                output = self._denoise(sample, row, denoiser_kwargs)
+                if row == reusing_row:
+                    self._mixer.follow(row, [False] * units)
+                    reused = self._denoise(sample, row, denoiser_kwargs)
+                    distance = output_distance(output, reused, self.reduction)
+                    output = reused
+                    self._mixer.forget()
+                    reusing_row = None
+                sample = scheduler.step(without_sigma(output, sample), timestep, sample).prev_sample
+        finally:
+            self._mixer.forget()
+        return sample, distance
+
+    def _denoise(self, sample: Tensor, row: int, denoiser_kwargs: dict[str, Any]) -> Tensor:
+        """The denoiser's output at a row, guided if so configured, as the mixer was told."""
         timestep = self.timesteps[row]
         sample = copy.deepcopy(self._scheduler).scale_model_input(sample, timestep)
         if self.guidance_scale is None:
@@ -301,88 +365,6 @@ class LearnedCacheTrainer:
         channels = sample.shape[1]
         guided = null[:, :channels] + self.guidance_scale * (conditional[:, :channels] - null[:, :channels])
         return torch.cat([guided, conditional[:, channels:]], dim=1)
-
-
-class _MixingHook(GuardedHook):
-    """On a block: computes it as it is, storing its unit outputs, or mixing with stored ones."""
-
-    method = "a learned cache trainer"
-    removed_by = "LearnedCacheTrainer.detach"
-
-    def __init__(self, block_forward: Callable, columns: slice) -> None:
-        super().__init__()
-        self.block_forward = block_forward
-        self.columns = columns
-        self.forget()
-
-    def forget(self) -> None:
-        self.recording = False
-        self.betas: Tensor | None = None
-        self.stored: Features | None = None
-
-    def pass_through(self) -> None:
-        self.recording, self.betas = False, None
-
-    def record(self) -> None:
-        self.recording, self.betas = True, None
-
-    def mix(self, betas: Tensor) -> None:
-        self.recording, self.betas = False, betas[self.columns]
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        count = self.columns.stop - self.columns.start
-        if self.recording:
-            output, self.stored = self.block_forward(module, (True,) * count, (None,) * count, *args, **kwargs)
-            return output
-        if self.betas is not None:
-            output, _ = self.block_forward(module, tuple(self.betas), self.stored, *args, **kwargs)
-            return output
-        return self.fn_ref.original_forward(*args, **kwargs)
-
-
-def _fresh_scheduler(scheduler: Any, num_steps: int) -> Any:
-    """A copy of the scheduler on the same grid, as before its first step."""
-    if getattr(scheduler, "num_inference_steps", None) is None:
-        raise ValueError(f"`scheduler` has no timesteps yet; call `scheduler.set_timesteps({num_steps})` first.")
-    if len(scheduler.timesteps) != num_steps:
-        raise ValueError(
-            f"`scheduler` makes {len(scheduler.timesteps)} evaluations, the router is for {num_steps}; call "
-            f"`scheduler.set_timesteps({num_steps})`."
-        )
-    if str(scheduler.config.get("variance_type") or "").startswith("learned"):
-        raise ValueError(
-            "`scheduler` has `variance_type` 'learned...', which splits the output at a fixed channel; the trainer "
-            "strips learned sigmas itself. Use `from_config(scheduler.config, variance_type=None)`."
-        )
-    fresh = copy.deepcopy(scheduler)
-    fresh.set_timesteps(scheduler.num_inference_steps)
-    if not torch.equal(fresh.timesteps.cpu(), scheduler.timesteps.cpu()):
-        fresh.set_timesteps(timesteps=scheduler.timesteps.tolist())
-    _check_deterministic(fresh)
-    return fresh
-
-
-def _check_deterministic(scheduler: Any) -> None:
-    """Raises `ValueError` for a sampler whose step draws noise: training would not meet the states of inference."""
-    with torch.random.fork_rng(devices=[]):
-        ends = []
-        for seed in (0, 1):
-            torch.manual_seed(seed)
-            stepper, state = copy.deepcopy(scheduler), torch.ones(1, 4, 2, 2)
-            for timestep in scheduler.timesteps[:2]:
-                model_input = stepper.scale_model_input(state, timestep)
-                state = stepper.step(0.1 * model_input, timestep, state).prev_sample
-            ends.append(state)
-    if not torch.equal(*ends):
-        raise ValueError(
-            f"`scheduler` must step deterministically, {type(scheduler).__name__} draws noise; use the sampler's ODE "
-            "form, for instance RespacedDDIMScheduler."
-        )
-
-
-def _without_sigma(output: Tensor, sample: Tensor) -> Tensor:
-    """The first channels of an output that also holds learned sigmas."""
-    return output[:, : sample.shape[1]] if output.shape[1] == 2 * sample.shape[1] else output
 
 
 def _expand(timestep: Tensor, sample: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL, DiTPipeline
+from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -40,6 +40,7 @@ from diffusers_ext.learning_to_cache import (
     LearnedCacheLoss,
     LearnedCacheTrainer,
     RespacedDDIMScheduler,
+    count_macs,
     use_original_dit_embeddings,
 )
 
@@ -253,6 +254,14 @@ def describe_training(args: argparse.Namespace) -> str:
     )
 
 
+def count_macs_of_a_sample(transformer: DiTTransformer2DModel) -> dict[str, float]:
+    """Multiply-accumulates of one evaluation of one sample, for the model card."""
+    config, device = transformer.config, transformer.device
+    sample = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size, device=device)
+    index = torch.zeros(1, dtype=torch.long, device=device)
+    return count_macs(transformer, sample.to(transformer.dtype), timestep=index, class_labels=index)
+
+
 def main() -> None:
     args = parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -325,6 +334,7 @@ def main() -> None:
     if accelerator.is_main_process:
         router = accelerator.unwrap_model(router).cpu()
         router.card_sections["Training"] = describe_training(args)
+        router.macs = count_macs_of_a_sample(transformer)
         router.save_pretrained(args.output_dir)
         stats = router.stats()
         logger.info(

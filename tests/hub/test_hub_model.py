@@ -3,6 +3,8 @@
 import inspect
 import itertools
 import json
+import os
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -31,9 +33,17 @@ class TinyModel(HubModelMixin, ModelMixin, ConfigMixin):
         return {"title": "A tiny model", "summary": f"{self.config.width} wide.", "base_model": self.origin.base_model}
 
 
-def tiny_model(value):
+class PicturedModel(TinyModel):
+    """Its card shows a picture, whose bytes say the model's value."""
+
+    def model_card(self):
+        picture = b"\x89PNG\r\n\x1a\n" + str(self.origin.base_model).encode()
+        return {**super().model_card(), "sections": {"Plot": "![plot](plot.png)"}, "pictures": {"plot.png": picture}}
+
+
+def tiny_model(value, cls=TinyModel):
     """A model whose weights and origin both say `value`."""
-    model = TinyModel()
+    model = cls()
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, value)
     model.origin = Origin(method="tiny", package_version="1.0", base_model=f"org/base-{value}")
@@ -220,6 +230,18 @@ def test_failing_card_leaves_the_old_files_whole(tmp_path, monkeypatch):
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
+def test_a_cards_picture_is_saved_before_it_and_by_the_main_process_alone(tmp_path, monkeypatch):
+    moved, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: moved.append(Path(target)) or replace(source, target))
+    for value in (1, 2):
+        tiny_model(value, PicturedModel).save_pretrained(tmp_path)
+        assert set(contents(tmp_path)) == {"README.md", "config.json", "plot.png"} | weight_names(1)
+        assert contents(tmp_path)["plot.png"].endswith(f"org/base-{value}".encode())
+    assert [path.name for path in moved if path.parent == tmp_path][-1] == "README.md"
+    tiny_model(1, PicturedModel).save_pretrained(tmp_path / "other", is_main_process=False)
+    assert set(contents(tmp_path / "other")) == weight_names(1)
+
+
 # The origin.
 
 
@@ -256,7 +278,7 @@ HUB = """
 import json, sys
 from pathlib import Path
 from huggingface_hub import HfApi
-from tests.hub.test_hub_model import TinyModel, is_model, tiny_model
+from tests.hub.test_hub_model import PicturedModel, TinyModel, is_model, tiny_model
 
 work = Path(sys.argv[1])
 sharded = work / "sharded"
@@ -265,7 +287,8 @@ sharded.mkdir()
 tiny_model(1).push_to_hub("org/single", "First", True)
 tiny_model(2).save_pretrained(sharded, max_shard_size=300, push_to_hub=True, repo_id="org/sharded")
 tiny_model(2).save_pretrained(work / "default-name", push_to_hub=True, commit_message="Saved")
-tiny_model(3).push_to_hub("org/parts", subfolder="part")
+tiny_model(3, PicturedModel).push_to_hub("org/parts", subfolder="part")
+tiny_model(3, PicturedModel).push_to_hub("org/pictured")
 HfApi().upload_folder(repo_id="org/parts", folder_path=sharded, path_in_repo="sharded")
 for variant in (None, "fp16"):
     tiny_model(1).save_pretrained(
@@ -326,7 +349,14 @@ def test_only_what_was_saved_is_uploaded_in_the_layout_it_was_saved_in(uploaded)
     assert set(files["org/sharded"]) == ours | weight_names(3)
 
 
-def test_upload_into_a_subfolder_has_no_card(uploaded):
+def test_a_card_is_uploaded_with_its_picture(uploaded):
+    files = uploaded[1]["org/pictured"]
+    assert set(files) == {"README.md", "config.json", "plot.png"} | weight_names(1)
+    assert files["plot.png"] == b"\x89PNG\r\n\x1a\norg/base-3"
+    assert "![plot](plot.png)" in files["README.md"].decode()
+
+
+def test_upload_into_a_subfolder_has_no_card_and_no_picture(uploaded):
     files = uploaded[1]["org/parts"]
     assert {name for name in files if not name.startswith("sharded/")} == {
         "part/config.json",

@@ -9,6 +9,9 @@ import yaml
 from diffusers_ext.hub import hub_model_id, validate_model_card, write_model_card
 
 
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
 def front_matter(text):
     opening, block, _ = text.split("---\n", 2)
     assert opening == ""
@@ -110,6 +113,24 @@ def test_a_failed_write_leaves_the_old_card_and_no_rest(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
+def test_pictures_lie_whole_beside_the_card_that_shows_them(tmp_path, monkeypatch):
+    sections = {"Plots": "![one](one.png) and ![two](two-b.png)"}
+    for data in (PNG + b"first", PNG + b"second"):
+        text = write(tmp_path, sections=sections, pictures={"one.png": data, "two-b.png": PNG})
+        assert "![one](one.png)" in text
+        assert {path.name for path in tmp_path.iterdir()} == {"README.md", "one.png", "two-b.png"}
+        assert (tmp_path / "one.png").read_bytes() == data
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write(tmp_path, sections=sections, pictures={"one.png": PNG + b"third", "two-b.png": PNG})
+    assert (tmp_path / "one.png").read_bytes() == PNG + b"second"
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "one.png", "two-b.png"}
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
 def test_card_has_the_permissions_of_any_new_file(tmp_path):
     write(tmp_path)
@@ -151,6 +172,12 @@ def test_a_linked_card_is_replaced_and_its_target_is_not_written_through(tmp_pat
         ({"sections": ["a"]}, TypeError, "`sections`"),
         ({"sections": {"two\nlines": "a"}}, ValueError, "`sections`.*single line"),
         ({"sections": {"Limits": ""}}, ValueError, r"`sections\['Limits'\]`"),
+        ({"pictures": ["plot.png"]}, TypeError, "`pictures`.*plot.png"),
+        ({"pictures": {"../plot.png": PNG}}, ValueError, "`pictures`.*plain file names.*'../plot.png'"),
+        ({"pictures": {"README.md": PNG}}, ValueError, "`pictures`.*'README.md'"),
+        ({"pictures": {"plot.png": b"GIF89a"}}, ValueError, r"`pictures\['plot.png'\]`.*PNG"),
+        ({"pictures": {"plot.png": "text"}}, ValueError, r"`pictures\['plot.png'\]`.*PNG"),
+        ({"pictures": {"plot.png": PNG}}, ValueError, "`pictures` holds 'plot.png', but no section shows it"),
     ],
 )
 def test_bad_argument_is_named_and_nothing_is_written(tmp_path, changes, error, message):

@@ -11,6 +11,7 @@ def reference_run(
     schedule: Tensor,
     *,
     store_gated: bool = False,
+    linear: bool = False,
 ) -> list[Tensor]:
     """Outputs of a run of denoiser calls, reusing unit outputs by the table.
 
@@ -20,10 +21,12 @@ def reference_run(
         class_labels: (batch,).
         schedule: (N, M) bool over `attn1`, `ff` of each block in turn.
         store_gated: store outputs after their gate, which is *not* the method.
+        linear: a reused output lies on the line through the two computed last, as a function of the timestep.
     """
-    stored: dict[int, Tensor] = {}
+    computed: dict[int, list[tuple[float, Tensor]]] = {}  # by column: timestep and output
     outputs = []
     for row, (sample, timestep) in enumerate(inputs):
+        t = float(timestep[0])
         h = transformer.pos_embed(sample)
         for i, block in enumerate(transformer.transformer_blocks):
             c = block.norm1.emb(timestep, class_labels, hidden_dtype=h.dtype)
@@ -38,8 +41,12 @@ def reference_run(
                 gate = gate[:, None]
                 if schedule[row, column]:
                     value = function(norm(h) * (1 + scale[:, None]) + shift[:, None])
-                    stored[column] = gate * value if store_gated else value
-                h = h + (stored[column] if store_gated else gate * stored[column])
+                    computed.setdefault(column, []).append((t, gate * value if store_gated else value))
+                last_t, value = computed[column][-1]
+                if linear and not schedule[row, column] and len(computed[column]) > 1:
+                    before_t, before = computed[column][-2]
+                    value = value + (value - before) / (last_t - before_t) * (t - last_t)
+                h = h + (value if store_gated else gate * value)
         c = transformer.transformer_blocks[0].norm1.emb(timestep, class_labels, hidden_dtype=h.dtype)
         shift, scale = transformer.proj_out_1(torch.nn.functional.silu(c)).chunk(2, 1)
         h = transformer.proj_out_2(transformer.norm_out(h) * (1 + scale[:, None]) + shift[:, None])

@@ -144,7 +144,7 @@ def test_only_what_the_next_row_reuses_is_kept_in_memory(transformer, labels):
                 2 * block + unit
                 for block, features in state.features.items()
                 for unit, feature in enumerate(features)
-                if feature is not None
+                if feature
             )
         )
     assert kept == [[0, 3], [], [5], []]

@@ -78,13 +78,19 @@ def test_a_pushed_router_loads_bit_for_bit_with_its_origin(round_trip):
 
 
 @pytest.mark.parametrize("repository", ["org/router", "org/router-saved"])
-def test_only_config_safetensors_and_our_card_are_uploaded(round_trip, repository):
+def test_only_config_safetensors_and_our_card_with_its_picture_are_uploaded(round_trip, repository):
     _, files = round_trip
-    assert sorted(files[repository]) == ["README.md", "config.json", "diffusion_pytorch_model.safetensors"]
+    assert sorted(files[repository]) == [
+        "README.md",
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "schedule.png",
+    ]
+    assert files[repository]["schedule.png"].startswith(b"\x89PNG")
     card = files[repository]["README.md"].decode()
     metadata = validate_model_card(card)
     assert metadata["base_model"] == "org/dit" and metadata["base_model_relation"] == "adapter"
-    assert "Learned cache router" in card and "units computed" in card
+    assert "Learned cache router" in card and "units computed" in card and "](schedule.png)" in card
 
 
 def test_the_published_pipeline_runs_with_the_router_from_the_hub(round_trip):

@@ -106,6 +106,7 @@ def test_saving_and_loading_keeps_everything_and_writes_a_valid_card(transformer
         "README.md",
         "config.json",
         "diffusion_pytorch_model.safetensors",
+        "schedule.png",
     ]
     metadata = validate_model_card((tmp_path / "README.md").read_text())
     assert metadata["base_model"] == "org/base" and metadata["base_model_relation"] == "adapter"

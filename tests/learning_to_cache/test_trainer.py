@@ -194,7 +194,7 @@ def test_noise_is_drawn_from_the_generator_and_nothing_stays_stored(transformer,
         for seed in (1, 1, 2)
     ]
     assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
-    assert all(hook.stored is None and hook.betas is None for hook in trainer._hooks)
+    assert all(hook.histories is None for hook in trainer._mixer._hooks)
 
 
 def test_without_a_bound_logits_are_not_clamped(transformer, scheduler):
@@ -203,26 +203,6 @@ def test_without_a_bound_logits_are_not_clamped(transformer, scheduler):
         router.logits[1] = 30.0
     LearnedCacheTrainer(transformer, router, scheduler).clamp_()
     assert router.logits.max() == 30.0
-
-
-def test_training_without_data_starts_from_the_samplers_own_states(transformer, router, scheduler, data, labels):
-    trainer = LearnedCacheTrainer(transformer, router, scheduler)
-    states = trainer.sample_trajectory(data["noise"], class_labels=labels)
-    assert states.shape == (ROWS, 2, 4, 8, 8) and torch.equal(states[0], data["noise"])
-    sampler = RespacedDDIMScheduler()
-    sampler.set_timesteps(ROWS)
-    for row in range(ROWS - 1):
-        t = sampler.timesteps[row]
-        output = call(transformer, [(states[row], t.expand(2))], labels)[0][:, :4]
-        torch.testing.assert_close(states[row + 1], sampler.step(output, t, states[row]).prev_sample)
-    # A clean sample that noises to the same state gives the same loss.
-    abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0).double()[scheduler.timesteps[2]]
-    clean = (states[2] - (1 - abar).sqrt() * data["noise"]) / abar.sqrt()
-    by_data = trainer.loss(clean, 3, noise=data["noise"], class_labels=labels).data
-    by_state = trainer.loss(states[2], 3, next_sample=states[3], class_labels=labels).data
-    torch.testing.assert_close(by_state, by_data, rtol=1e-4, atol=0)
-    with pytest.raises(ValueError, match="`next_sample`.*no `noise`"):
-        trainer.loss(states[2], 3, noise=data["noise"], next_sample=states[3], class_labels=labels)
 
 
 def test_weights_and_null_conditions_that_cannot_be_are_refused(transformer, router, scheduler, data, labels):
@@ -300,6 +280,7 @@ def test_bad_arguments_are_refused(transformer, router, scheduler, data):
     for fields, message in (
         ({"regularization": -1.0}, "`regularization`.*-1.0"),
         ({"reduction": "max"}, "`reduction`.*'max'"),
+        ({"reuse": "cubic"}, "`reuse` must be 'hold' or 'linear', got 'cubic'"),
         ({"ste_threshold": 1.5}, r"\[0, 1\), got 1.5"),
         ({"guidance_scale": 4.0}, "`guidance_scale` and `null_kwargs` go together"),
     ):
@@ -312,10 +293,11 @@ def test_bad_arguments_are_refused(transformer, router, scheduler, data):
     trainer = LearnedCacheTrainer(transformer, router, scheduler)
     with pytest.raises(ValueError, match=r"`step` must be one of the cached rows \[1, 3, 5\], got 2"):
         trainer.loss(step=2, **data)
-    trainer.detach()
-    follower = LearnedCacheRouter(ROWS, router.unit_names, cached_steps=[1, 2]).double()
-    with pytest.raises(ValueError, match="`step` 2 follows cached row 1"):
-        LearnedCacheTrainer(transformer, follower, scheduler).loss(step=2, **data)
+    with pytest.raises(ValueError, match="`computed` must lie in .*1.5"):
+        trainer.steer_(1.5)
+    trainer.regularization = 0
+    with pytest.raises(ValueError, match="`regularization` is 0"):
+        trainer.steer_(0.5)
 
 
 def test_a_denoiser_with_a_cache_applied_is_refused(transformer, router, scheduler):

@@ -3,13 +3,29 @@
 from collections.abc import Callable, Iterator
 
 import torch
+from diffusers import LatteTransformer3DModel
 
 from ...hooks._compat import TRANSFORMER_BLOCK_LISTS, unwrap_module
+from ..uvit import UViTTransformer2DModel
+from .uvit_block import iterate_uvit_blocks
 
 
 # Denoisers whose blocks do not simply run list by list: class -> its blocks in execution order, with their names.
 BlockOrder = Callable[[torch.nn.Module], Iterator[tuple[str, torch.nn.Module]]]
-_BLOCK_ORDERS: dict[type, BlockOrder] = {}
+
+
+def _latte_order(denoiser: LatteTransformer3DModel) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Spatial block i, then temporal block i."""
+    pairs = zip(denoiser.transformer_blocks, denoiser.temporal_transformer_blocks, strict=True)
+    for index, (spatial, temporal) in enumerate(pairs):
+        yield f"transformer_blocks.{index}", spatial
+        yield f"temporal_transformer_blocks.{index}", temporal
+
+
+_BLOCK_ORDERS: dict[type, BlockOrder] = {
+    UViTTransformer2DModel: iterate_uvit_blocks,
+    LatteTransformer3DModel: _latte_order,
+}
 
 
 def iterate_blocks(denoiser: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:

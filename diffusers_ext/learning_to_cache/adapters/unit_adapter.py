@@ -37,10 +37,12 @@ class UnitAdapter:
         units: gives the names of a block's units in execution order, each the residual branch of one attention or
             feed-forward; raises `ValueError` for a block that cannot be cached, saying why.
         forward: the block's forward by units, see `BlockForward`.
+        can_be_compiled: whether `forward` compiles to one graph, as `compile_blocks` needs it.
     """
 
     units: Callable[[torch.nn.Module], tuple[str, ...]]
     forward: BlockForward
+    can_be_compiled: bool = True
 
 
 def unit_output(plan: bool | Tensor, stored: Feature, compute: Callable[[], Feature]) -> Feature:
@@ -66,3 +68,12 @@ def _mix(beta: Tensor, computed: Tensor | None, stored: Tensor | None) -> Tensor
         return None
     beta = beta.to(computed.dtype)
     return beta * computed + (1 - beta) * stored
+
+
+def refuse_chunked_feed_forward(block: torch.nn.Module) -> None:
+    """Raises `ValueError` for a block with chunked feed-forward, which would store the last chunk only."""
+    if getattr(block, "_chunk_size", None) is not None:
+        raise ValueError(
+            f"This block has chunked feed-forward on (`_chunk_size`={block._chunk_size}), which calls `ff` several "
+            "times a forward: only the last chunk would be cached. Call `set_chunk_feed_forward(None)` first."
+        )

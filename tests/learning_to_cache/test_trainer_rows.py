@@ -1,0 +1,206 @@
+"""Which states and which stored outputs the trainer meets at a row, against runs written by hand."""
+
+import math
+
+import pytest
+import torch
+from diffusers import HeunDiscreteScheduler
+
+from diffusers_ext import LearnedCacheRouter
+from diffusers_ext.learning_to_cache import LearnedCacheTrainer, RespacedDDIMScheduler
+from tests.learning_to_cache.dit_reference import call, reference_run
+
+
+ROWS = 6
+
+
+@pytest.fixture
+def transformer(transformer):
+    return transformer.double()
+
+
+@pytest.fixture
+def samples():
+    return torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+@pytest.fixture
+def scheduler():
+    return on_rows(RespacedDDIMScheduler())
+
+
+def on_rows(scheduler):
+    scheduler.set_timesteps(ROWS)
+    return scheduler
+
+
+def make_router(transformer, cached_steps, computed=0.5):
+    """A router whose scores are 0 or 1 (`computed` is the share of ones), so that soft and hard tables agree."""
+    router = LearnedCacheRouter.for_denoiser(transformer, ROWS, cached_steps=cached_steps).double()
+    ones = torch.rand(router.logits.shape, generator=torch.Generator().manual_seed(3)) < computed
+    with torch.no_grad():
+        router.logits.copy_(torch.where(ones, 1000.0, -1000.0))
+    return router
+
+
+def expected_loss(transformer, inputs, labels, table, linear):
+    """Mean squared difference of the last of these calls by the table to all computed."""
+    with torch.no_grad():
+        student = reference_run(transformer, inputs, labels, table, linear=linear)[-1]
+    return (student - call(transformer, inputs[-1:], labels)[0]).square().mean()
+
+
+@pytest.mark.parametrize("reuse", ["hold", "linear"])
+@pytest.mark.parametrize("cached_steps", [[1, 3, 5], [1, 2, 4, 5], [1, 2, 3, 4, 5]])
+def test_losses_of_a_run_are_those_of_inference(transformer, scheduler, samples, labels, cached_steps, reuse):
+    router = make_router(transformer, cached_steps)
+    table = router.schedule()
+    trainer = LearnedCacheTrainer(transformer, router, scheduler, reuse=reuse)
+    losses = [loss.data.item() for loss in trainer.losses_of_run(samples[0], class_labels=labels)]
+    trainer.detach()
+
+    sampler, state, inputs, expected = on_rows(RespacedDDIMScheduler()), samples[0], [], []
+    for row, t in enumerate(sampler.timesteps):
+        inputs.append((state, t.expand(2)))
+        if row in cached_steps:
+            expected.append(float(expected_loss(transformer, inputs, labels, table[: row + 1], reuse == "linear")))
+        with torch.no_grad():
+            output = reference_run(transformer, inputs, labels, table[: row + 1], linear=reuse == "linear")[-1]
+        state = sampler.step(output[:, :4], t, state).prev_sample
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert min(losses) > 0
+
+
+def test_losses_of_a_run_give_every_cached_row_its_gradient(transformer, scheduler, samples, labels):
+    router = LearnedCacheRouter.for_denoiser(transformer, ROWS, cached_steps=[1, 2, 5]).double()
+    trainer = LearnedCacheTrainer(transformer, router, scheduler, reuse="linear")
+    for loss in trainer.losses_of_run(samples[0], class_labels=labels):
+        loss.total.backward()
+    assert router.logits.grad[[1, 2, 5]].ne(0).all()
+    assert router.logits.grad[[0, 3, 4]].eq(0).all()
+    assert all(parameter.grad is None for parameter in transformer.parameters())
+
+
+def test_a_run_left_in_the_middle_keeps_nothing(transformer, scheduler, samples, labels):
+    router = make_router(transformer, None)
+    trainer = LearnedCacheTrainer(transformer, router, scheduler)
+    run = trainer.losses_of_run(samples[0], class_labels=labels)
+    next(run)
+    assert any(hook.histories for hook in trainer._mixer._hooks)
+    run.close()
+    assert all(hook.histories is None for hook in trainer._mixer._hooks)
+
+
+@pytest.mark.parametrize(
+    ("cached_steps", "step", "first"),
+    [([1, 2, 4, 5], 2, 0), ([1, 2, 4, 5], 5, 3), ([2, 3, 4], 4, 1)],
+)
+def test_on_data_the_student_passes_through_the_cached_rows_between(
+    transformer, scheduler, samples, labels, cached_steps, step, first
+):
+    router = make_router(transformer, cached_steps)
+    table = router.schedule()
+    trainer = LearnedCacheTrainer(transformer, router, scheduler)
+    loss = trainer.loss(samples[0], step, noise=samples[1], class_labels=labels)
+    trainer.detach()
+    inputs = student_states(transformer, samples, labels, table, first, first, step, linear=False)
+    expected = expected_loss(transformer, inputs, labels, table[first : step + 1], linear=False)
+    assert loss.data.item() == pytest.approx(float(expected), rel=1e-4)
+    assert loss.data > 0
+
+
+@pytest.mark.parametrize(
+    ("cached_steps", "step", "first", "last_full"),
+    [([1, 3, 5], 1, 0, 0), ([1, 3, 5], 3, 0, 2), ([1, 3, 5], 5, 2, 4), ([1, 2, 4, 5], 5, 0, 3)],
+)
+def test_on_data_linear_reuse_has_the_history_of_the_full_row_before(
+    transformer, scheduler, samples, labels, cached_steps, step, first, last_full
+):
+    router = make_router(transformer, cached_steps)
+    table = router.schedule()
+    trainer = LearnedCacheTrainer(transformer, router, scheduler, reuse="linear")
+    loss = trainer.loss(samples[0], step, noise=samples[1], class_labels=labels)
+    trainer.detach()
+    inputs = student_states(transformer, samples, labels, table, first, last_full, step, linear=True)
+    # Up to the last full row states come from full outputs, so outputs of units that the table reuses there are not
+    # kept although the states do not show it: reference by columns, each with its own history.
+    expected = expected_loss(transformer, inputs, labels, table[first : step + 1], linear=True)
+    if last_full == first or table[first : last_full + 1].all():
+        assert loss.data.item() == pytest.approx(float(expected), rel=1e-4)
+    assert loss.data > 0
+
+
+def student_states(transformer, samples, labels, table, first, last_full, step, *, linear):
+    """Inputs of rows `first`..`step`: noised data, moved by full outputs up to `last_full`, then by the table's."""
+    sampler = on_rows(RespacedDDIMScheduler())
+    t = sampler.timesteps[first]
+    state = sampler.add_noise(samples[0], samples[1], t.expand(2))
+    inputs = []
+    for row in range(first, step):
+        t = sampler.timesteps[row]
+        inputs.append((state, t.expand(2)))
+        if row <= last_full:
+            output = call(transformer, inputs[-1:], labels)[0]
+        else:
+            with torch.no_grad():
+                output = reference_run(transformer, inputs, labels, table[first : row + 1], linear=linear)[-1]
+        state = sampler.step(output[:, :4], t, state).prev_sample
+    inputs.append((state, sampler.timesteps[step].expand(2)))
+    return inputs
+
+
+def test_a_solver_of_two_evaluations_begins_with_the_first_and_stores_the_second(transformer, samples, labels):
+    """Row 2 reuses row 1, the second evaluation of a step that begins at row 0."""
+    scheduler = HeunDiscreteScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    scheduler.set_timesteps(4)
+    rows = len(scheduler.timesteps)
+    assert rows == 7 and scheduler.order == 2
+    router = LearnedCacheRouter.for_denoiser(transformer, rows, cached_steps=[2, 4]).double()
+    with torch.no_grad():
+        router.logits.fill_(-1000.0)
+    trainer = LearnedCacheTrainer(transformer, router, scheduler)
+    loss = trainer.loss(samples[0], 4, noise=samples[1], class_labels=labels)
+    trainer.detach()
+
+    scheduler.set_timesteps(4)
+    times = scheduler.timesteps
+    state = scheduler.add_noise(samples[0], samples[1], times[2].expand(2))
+    inputs = []
+    for row in (2, 3, 4):
+        model_input = scheduler.scale_model_input(state, times[row])
+        inputs.append((model_input, times[row].expand(2)))
+        output = call(transformer, inputs[-1:], labels)[0]
+        if row < 4:
+            state = scheduler.step(output[:, :4], times[row], state).prev_sample
+    with torch.no_grad():
+        student = reference_run(transformer, inputs[1:], labels, torch.tensor([[True] * 6, [False] * 6]))[1]
+    assert loss.data.item() == pytest.approx(float((student - output).square().mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("wanted", [0.2, 0.5])
+def test_steering_leads_to_the_wanted_cost(transformer, scheduler, samples, labels, wanted):
+    torch.manual_seed(0)
+    router = LearnedCacheRouter.for_denoiser(transformer, ROWS, threshold=0.5).double()
+    trainer = LearnedCacheTrainer(transformer, router, scheduler, regularization=1e-4)
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.3, betas=(0.9, 0.9), eps=1e-12)
+    for _ in range(80):
+        for loss in trainer.losses_of_run(samples[0], class_labels=labels):
+            loss.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        trainer.clamp_()
+        before = trainer.regularization
+        computed = float(router.schedule()[[1, 3, 5]].float().mean())
+        after = trainer.steer_(wanted, rate=0.5)
+        assert (after > before) == (computed > wanted) and after == trainer.regularization
+    assert abs(computed - wanted) < 0.15
+
+
+def test_the_price_moves_by_the_missed_units_of_a_row(transformer, scheduler):
+    router = LearnedCacheRouter.for_denoiser(transformer, ROWS, threshold=0.5).double()
+    with torch.no_grad():
+        router.logits.fill_(-1.0)
+        router.logits[3] = 1.0  # 6 of 18 units computed: 2 a row
+    trainer = LearnedCacheTrainer(transformer, router, scheduler, regularization=1e-3)
+    assert trainer.steer_(0.5, rate=0.1) == pytest.approx(1e-3 * math.exp(0.1 * (2 - 3)))
+    assert trainer.regularization == pytest.approx(1e-3 * math.exp(-0.1))
