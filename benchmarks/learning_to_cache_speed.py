@@ -36,7 +36,7 @@ UNITS = 2 * LAYERS
 STEPS = 20
 IMAGES = 2
 DIT_20_KEPT, DIT_20_UNITS = (0, 0, 4, 8, 26, 53, 55, 55, 55, 56), 56
-FULL, ALL, PATTERN, HALF = "unhooked", "all computed", "DiT-20 pattern", "half of the units"
+FULL, AGAIN, ALL, PATTERN, HALF = "unhooked", "unhooked again", "all computed", "DiT-20 pattern", "half of the units"
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
 
 def measure_sampling(out: Report, model: DiTTransformer2DModel, tables: dict[str, BoolTensor], rounds: int) -> None:
     """Overhead of the hooks, efficiency and memory."""
-    models = {FULL: twin(model)}
+    models = {FULL: twin(model), AGAIN: twin(model)}  # the second shows how far equal ways come out apart
     for name, table in tables.items():
         models[name] = with_table(model, table)
     ways = {name: denoiser_step(denoiser) for name, denoiser in models.items()}

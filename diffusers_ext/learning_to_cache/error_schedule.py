@@ -98,8 +98,7 @@ def reuse_errors(
                 hooks.append(_ChangeHook(adapter.forward, len(adapter.units(block))))
                 pairs.append((block, hooks[-1]))
             attach(denoiser, RECORDER_HOOK_NAME, pairs)
-            for _ in trainer.losses_of_run(noise, **denoiser_kwargs):
-                pass
+            trainer.sample(noise, **denoiser_kwargs)
         finally:
             detach(denoiser, RECORDER_HOOK_NAME)
             trainer.detach()

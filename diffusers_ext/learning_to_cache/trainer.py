@@ -2,12 +2,12 @@
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..hooks import find_hook
 from ..hooks._compat import unwrap_module
@@ -162,8 +162,7 @@ class LearnedCacheTrainer:
             self._mixer.compute_all()
             teacher = self._denoise(state, step, denoiser_kwargs)
         scores = self.router(step)
-        betas = scores if self.ste_threshold is None else straight_through(scores, self.ste_threshold)
-        self._mixer.mix(step, betas.to(state.device))
+        self._mixer.mix(step, self._betas(scores).to(state.device))
         student = self._denoise(state, step, denoiser_kwargs)
         data = output_distance(teacher, student, self.reduction)
         if self.row_weights is not None:
@@ -171,39 +170,53 @@ class LearnedCacheTrainer:
         sparsity = scores.sum()
         return LearnedCacheLoss(total=data + self.regularization * sparsity, data=data, sparsity=sparsity)
 
-    def losses_of_run(self, noise: Tensor, **denoiser_kwargs: Any) -> Iterator[LearnedCacheLoss]:
-        """The objective at every cached row of one run of the sampler: training without data. Beyond the paper.
+    def loss_of_run(self, noise: Tensor, **denoiser_kwargs: Any) -> LearnedCacheLoss:
+        """The objective on the final sample of a whole run, for all cached rows at once. Beyond the paper.
 
-        ```python
-        for loss in trainer.losses_of_run(noise, class_labels=labels):
-            loss.total.backward()  # one row's graph at a time
-        optimizer.step()
-        ```
+        Training without data, for what counts: the sampler runs from noise twice, all computed and with the units of
+        every cached row mixed by their scores, and the final samples are compared. So the states are those that
+        inference meets whatever was reused before, a row is worth what its errors do to the result, and errors of
+        different rows may cancel. HarmoniCa (https://huggingface.co/papers/2410.01723) trains on such runs for the
+        same reasons, row by row.
 
-        The run begins at noise and follows the router's present table, so states and stored outputs are those that
-        inference meets, whatever was reused before, over any number of consecutive cached rows. HarmoniCa
-        (https://huggingface.co/papers/2410.01723) shows that training needs them.
+        `regularization` is here the price of a computed unit in squared error of the final sample. Memory: the
+        activations of one evaluation (each is computed again for its gradient) and N states with their kept outputs.
 
         Args:
             noise: (batch, ...), standard normal.
             **denoiser_kwargs: conditions.
 
-        Yields:
-            one `LearnedCacheLoss` per cached row, differentiable with respect to that row of the router.
+        Returns:
+            `LearnedCacheLoss`, differentiable with respect to all cached rows of the router; `sparsity` is the sum of
+            their scores.
         """
+        target = self.sample(noise, **denoiser_kwargs)
+        scores = self.router()
+        betas = self._betas(scores).to(noise.device)
         table = self._table()
         scheduler = copy.deepcopy(self._scheduler)
         state = noise * scheduler.init_noise_sigma
         try:
             for row, timestep in enumerate(self.timesteps):
-                if row in self._cached_rows:
-                    yield self._loss_at(state, row, denoiser_kwargs)
-                with torch.no_grad():
-                    self._mixer.follow(row, table[row])
-                    output = self._denoise(state, row, denoiser_kwargs)
-                    state = scheduler.step(without_sigma(output, state), timestep, state).prev_sample
+                plan = betas[row] if row in self._cached_rows else table[row]
+                output = self._denoise_and_forget_activations(state, row, plan, table[row], denoiser_kwargs)
+                state = scheduler.step(without_sigma(output, state), timestep, state).prev_sample
         finally:
             self._mixer.forget()
+        data = output_distance(target, state, self.reduction)
+        sparsity = scores[self._plain_router.cached_steps].sum()
+        return LearnedCacheLoss(total=data + self.regularization * sparsity, data=data, sparsity=sparsity)
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, **denoiser_kwargs: Any) -> Tensor:
+        """The final sample of a run in which everything is computed.
+
+        Args:
+            noise: (batch, ...), standard normal.
+            **denoiser_kwargs: conditions.
+        """
+        sample, _ = self._sample_with_reuse_at(None, noise, denoiser_kwargs)
+        return sample
 
     @torch.no_grad()
     def weigh_rows(self, noise: Tensor, **denoiser_kwargs: Any) -> Tensor:
@@ -225,7 +238,7 @@ class LearnedCacheTrainer:
         Returns:
             (N,), also kept as `row_weights` and used by `loss` from now on; 0 outside the cached rows.
         """
-        full, _ = self._sample_with_reuse_at(None, noise, denoiser_kwargs)
+        full = self.sample(noise, **denoiser_kwargs)
         weights = torch.zeros(len(self.timesteps), dtype=torch.promote_types(full.dtype, torch.float32))
         for row in sorted(self._cached_rows):
             changed, distance = self._sample_with_reuse_at(row, noise, denoiser_kwargs)
@@ -276,6 +289,9 @@ class LearnedCacheTrainer:
         """Remove the hooks from the denoiser. The trainer cannot be used afterwards."""
         self._mixer.detach()
 
+    def _betas(self, scores: Tensor) -> Tensor:
+        return scores if self.ste_threshold is None else straight_through(scores, self.ste_threshold)
+
     def _table(self) -> list[list[bool]]:
         """The router's present table, (N, M)."""
         return self._plain_router.schedule().tolist()
@@ -314,6 +330,24 @@ class LearnedCacheTrainer:
             output = self._denoise(state, row, denoiser_kwargs)
             state = scheduler.step(without_sigma(output, state), self.timesteps[row], state).prev_sample
         return state
+
+    def _denoise_and_forget_activations(
+        self,
+        state: Tensor,
+        row: int,
+        plan: Tensor | list[bool],
+        recorded: list[bool],
+        denoiser_kwargs: dict[str, Any],
+    ) -> Tensor:
+        """The output at a row by the plan, whose activations are computed again when its gradient is."""
+        histories = self._mixer.histories
+
+        def evaluate(state: Tensor, plan: Tensor | list[bool]) -> Tensor:
+            self._mixer.histories = histories  # the second time, what was kept when this row came
+            self._mixer.run(row, plan, recorded)
+            return self._denoise(state, row, denoiser_kwargs)
+
+        return checkpoint(evaluate, state, plan, use_reentrant=False)
 
     def _sample_with_reuse_at(
         self, reusing_row: int | None, noise: Tensor, denoiser_kwargs: dict[str, Any]

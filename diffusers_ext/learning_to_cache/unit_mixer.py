@@ -14,7 +14,7 @@ from .reuse import History, Reuse, Time, extended, reused_output
 class UnitMixer:
     """Runs a denoiser's blocks by units, and keeps the units' latest outputs between its calls.
 
-    Before each denoiser call say how: `compute_all`, `record`, `follow` or `mix`.
+    Before each denoiser call say how: `compute_all`, `record`, `follow`, `mix`, or in general `run`.
 
     Args:
         denoiser: carries hooks until `detach`.
@@ -39,32 +39,42 @@ class UnitMixer:
 
     def compute_all(self) -> None:
         """The next call runs the blocks as they are and leaves no trace."""
-        self._set(row=None, plan=None, recorded=None)
+        self.run(row=None, plan=None, recorded=None)
 
     def record(self, row: int, recorded: Sequence[bool]) -> None:
         """The next call computes everything and keeps the outputs of those of the M units that `recorded` marks."""
-        self._set(row, [True] * len(recorded), list(recorded))
+        self.run(row, [True] * len(recorded), recorded)
 
     def follow(self, row: int, computed: Sequence[bool]) -> None:
         """The next call computes those of the M units that `computed` marks, keeps them, and reuses the others."""
-        self._set(row, list(computed), list(computed))
+        self.run(row, computed, computed)
 
     def mix(self, row: int, betas: Tensor) -> None:
         """The next call mixes each unit from computed and reused by `betas` (M,), and keeps nothing."""
-        self._set(row, betas, None)
+        self.run(row, betas, None)
+
+    def run(self, row: int | None, plan: Sequence[bool] | Tensor | None, recorded: Sequence[bool] | None) -> None:
+        """The next call runs at `row` by `plan` (M,), bools or betas, and keeps the outputs that `recorded` marks."""
+        self.row, self.plan, self.recorded = row, plan, recorded
 
     def forget(self) -> None:
         """Drop all kept outputs."""
         self.compute_all()
-        for hook in self._hooks:
-            hook.histories = None
+        self.histories = [None] * len(self._hooks)
+
+    @property
+    def histories(self) -> list[tuple[History, ...] | None]:
+        """What is kept, by block."""
+        return [hook.histories for hook in self._hooks]
+
+    @histories.setter
+    def histories(self, histories: list[tuple[History, ...] | None]) -> None:
+        for hook, history in zip(self._hooks, histories, strict=True):
+            hook.histories = history
 
     def detach(self) -> None:
         """Remove the hooks."""
         detach(self.denoiser, TRAINER_HOOK_NAME)
-
-    def _set(self, row: int | None, plan: Sequence[bool] | Tensor | None, recorded: Sequence[bool] | None) -> None:
-        self.row, self.plan, self.recorded = row, plan, recorded
 
 
 class _UnitHook(GuardedHook):

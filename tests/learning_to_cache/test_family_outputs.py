@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 
 from diffusers_ext import LearnedCacheConfig, apply_learned_cache, remove_learned_cache
 from diffusers_ext.hooks._compat import CacheContext, set_cache_context
@@ -225,3 +226,26 @@ def test_gradient_reaches_every_beta_and_no_weight(name):
     with torch.no_grad():
         (same,) = run_blocks(denoiser, lambda i, count: (tuple(ones[i]), features[i]), [second])
     assert torch.equal(same, computed)
+
+
+@pytest.mark.parametrize("name", ["pixart", "latte", "sd3"])
+def test_chunked_feed_forward_is_refused(name):
+    denoiser = build(name)
+    denoiser.transformer_blocks[1].set_chunk_feed_forward(1)
+    with pytest.raises(ValueError, match="chunked feed-forward on .`_chunk_size`=1"):
+        list_units(denoiser)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm_type": "layer_norm"}, "norm_type='layer_norm'.*register_unit_adapter"),
+        ({"norm_type": "ada_norm_single", "only_cross_attention": True}, "only_cross_attention"),
+        ({"norm_type": "ada_norm_single", "attention_type": "gated"}, "GLIGEN fuser"),
+        ({"norm_type": "ada_norm_zero", "num_embeds_ada_norm": 10}, "cross-attention"),
+    ],
+)
+def test_basic_blocks_of_other_kinds_are_refused(options, message):
+    block = BasicTransformerBlock(8, 1, 8, cross_attention_dim=8, **options)
+    with pytest.raises(ValueError, match=message):
+        find_unit_adapter(block).units(block)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers.models.attention import FeedForward
+from diffusers.models.transformers.transformer_cogview4 import CogView4TransformerBlock
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 
 from diffusers_ext import LearnedCacheConfig, LearnedCacheRouter, apply_learned_cache, remove_learned_cache
@@ -139,14 +140,68 @@ def test_a_subclass_with_a_forward_of_its_own_is_not_run_by_the_adapter_of_its_b
     assert find_unit_adapter(Same(8, 1, 8)) is find_unit_adapter(FluxSingleTransformerBlock(8, 1, 8))
 
 
-@pytest.mark.parametrize("calls", [0, 2])
-def test_a_child_that_is_not_called_once_is_refused_at_the_call_and_put_back(calls):
-    model = Model(CallingBlock(1), CallingBlock(calls))
+def test_a_child_that_is_not_called_is_refused_at_the_call_and_put_back():
+    model = Model(CallingBlock(1), CallingBlock(0))
     children = [block.ff for block in model.blocks]
     apply(model, [True, False])
-    with pytest.raises(ValueError, match=f"CallingBlock calls its 'ff' {calls} times.*register_unit_adapter"):
+    with pytest.raises(ValueError, match="CallingBlock called its 'ff' 0 times.*register_unit_adapter"):
         call(model, torch.randn(2, 3, WIDTH), 10)
     assert [block.ff for block in model.blocks] == children
+
+
+@pytest.mark.parametrize("now", [1, 3])
+def test_another_number_of_calls_than_stored_is_refused(now):
+    model = Model(CallingBlock(2))
+    apply(model, [True, False])
+    call(model, torch.randn(2, 3, WIDTH), 10)
+    model.blocks[0].calls = now
+    with pytest.raises(ValueError, match=f"CallingBlock called its 'ff' {now} times in one forward, expected 2"):
+        call(model, torch.randn(2, 3, WIDTH), 9)
+
+
+def test_a_child_that_is_called_several_times_repeats_each_output_in_turn():
+    model = Model(CallingBlock(3)).double()
+    x, ff = torch.randn(3, 2, 3, WIDTH, dtype=torch.float64), model.blocks[0].ff
+    apply(model, [True, False, False])
+    outputs = [call(model, x[row], 900 - row) for row in range(3)]
+    rows = [x[row] + (900 - row) / 1000 for row in range(3)]
+    with torch.no_grad():
+        first = ff(rows[0])
+        second = ff(rows[0] + first)
+        third = ff(rows[0] + first + second)
+    for row in range(3):
+        torch.testing.assert_close(outputs[row], rows[row] + first + second + third, rtol=0, atol=1e-12)
+
+
+def test_a_mixture_of_several_calls_sends_the_gradient_to_beta():
+    block = CallingBlock(2).requires_grad_(False)
+    adapter = find_unit_adapter(block)
+    x = torch.randn(2, 3, WIDTH)
+    _, features = adapter.forward(block, (True,), (None,), x * 2)
+    beta = torch.tensor(0.25, requires_grad=True)
+    mixed, _ = adapter.forward(block, (beta,), features, x)
+    (first,), (second,) = features[0]
+    middle = x + 0.25 * block.ff(x) + 0.75 * first
+    torch.testing.assert_close(mixed, middle + 0.25 * block.ff(middle) + 0.75 * second)
+    mixed.sum().backward()
+    assert beta.grad != 0
+
+
+def test_cogview4_whose_feed_forward_serves_image_and_text_is_cached():
+    torch.manual_seed(0)
+    block = CogView4TransformerBlock(dim=16, num_attention_heads=2, attention_head_dim=8, time_embed_dim=8).double()
+    adapter = find_unit_adapter(block)
+    assert adapter.units(block) == ("attn1", "ff")
+    image, text, temb = torch.randn(2, 6, 16).double(), torch.randn(2, 4, 16).double(), torch.randn(2, 8).double()
+    with torch.no_grad():
+        want = block(image, text, temb)
+        got, features = adapter.forward(block, (True, True), (None, None), image, text, temb)
+        assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+        again, _ = adapter.forward(block, (False, False), features, image, text, temb)
+        assert all(torch.equal(*pair) for pair in zip(again, want, strict=True))
+        block.ff.forward = None  # not called
+        other, _ = adapter.forward(block, (True, False), (None, features[1]), image * 2, text, temb)
+    assert not torch.equal(other[0], want[0])
 
 
 def test_a_child_is_put_back_when_the_block_fails():

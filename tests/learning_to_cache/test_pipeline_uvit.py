@@ -132,13 +132,17 @@ def test_half_precision_draws_nearly_the_same(pipe, dtype):
     assert draw(pipe, output_type="latent").dtype == torch.float32
 
 
-def test_model_offload_changes_nothing(pipe, router):
+def test_model_offload_changes_nothing(pipe, router, monkeypatch):
     pipe.enable_learned_cache(router=router)
     expected = draw(pipe)
     pipe.enable_model_cpu_offload(device="cpu")
     for _ in range(2):
         assert np.array_equal(draw(pipe), expected)
     assert pipe.learned_cache_stats.runs == 3
+    freed = []
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(True))
+    draw(pipe)
+    assert freed == [True]
 
 
 def test_the_cache_comes_and_goes(pipe, router):

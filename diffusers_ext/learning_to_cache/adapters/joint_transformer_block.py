@@ -31,7 +31,7 @@ def block_forward(
     """
     plans, features = iter(plan), iter(stored)
     attention_kwargs = joint_attention_kwargs or {}
-    normalized = None
+    block_input, normalized = hidden_states, None
 
     def normalize() -> Tensor:
         nonlocal normalized
@@ -39,7 +39,6 @@ def block_forward(
             normalized = block.norm1.norm(block_input)
         return normalized
 
-    block_input = hidden_states
     if block.use_dual_attention:
         parts = modulation(block.norm1, temb, 9)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp, shift_msa2, scale_msa2, gate_msa2 = parts
