@@ -104,7 +104,7 @@ def main() -> None:
     out = begin(__doc__, "learning_to_cache", steps=STEPS, guidance="none", threads=1)
     torch.set_num_threads(1)
     seeds = range(1 if out.short else 3)
-    images = 100 if out.short else 600
+    images = 100 if out.short else 500
     routers = Routers(out, iterations=8 if out.short else 40, data_iterations=40 if out.short else 400)
     pipe = routers.pipe
     judge = DigitQuality()
@@ -162,9 +162,16 @@ class Routers:
         router = LearnedCacheRouter.for_denoiser(self.pipe.transformer, STEPS, cached_steps=rows, threshold=0.5)
         with torch.no_grad():
             router.logits.mul_(0.3)  # few iterations: begin undecided
-        # On data a unit's price is in the error of one output, along a run in that of the final sample.
+        # On data a unit's price is in the error of one output, along a run in that of the final sample. The run's
+        # units are reused or not as at inference (straight through): half-reused ones cancel errors that whole ones
+        # do not.
         trainer = LearnedCacheTrainer(
-            self.pipe.transformer, router, self.scheduler, regularization=1e-5 if data else 1e-6, reuse=reuse
+            self.pipe.transformer,
+            router,
+            self.scheduler,
+            regularization=1e-5 if data else 1e-6,
+            reuse=reuse,
+            ste_threshold=None if data else 0.5,
         )
         # Steered prices change the size of gradients: a short memory of it, and no floor.
         optimizer = torch.optim.AdamW(router.parameters(), lr=0.2, betas=(0.9, 0.95), eps=1e-14, weight_decay=0)
@@ -284,9 +291,10 @@ def quality(
     pipe: DiffusionPipeline, way: Way, count: int, seed: int, judge: DigitQuality, full: np.ndarray
 ) -> dict[str, float]:
     """What a way's images are worth, and what share of units it computed."""
+    peer = way.make(seed)  # may train: not counted
     counter = UnitCallCounter(pipe.transformer, unit_macs(pipe))
     try:
-        images, labels = sample(pipe, way.make(seed), count, seed, way.steps)
+        images, labels = sample(pipe, peer, count, seed, way.steps)
         compute = counter.share(STEPS) / -(-count // IMAGES_A_TIME)
     finally:
         counter.remove()

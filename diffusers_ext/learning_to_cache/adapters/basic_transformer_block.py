@@ -8,7 +8,7 @@ from typing import Any
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
-from .unit_adapter import Features, Plan, UnitAdapter, refuse_chunked_feed_forward, unit_output
+from .unit_adapter import Features, Plan, UnitAdapter, add_gated, refuse_chunked_feed_forward, unit_output
 
 
 def list_block_units(block: BasicTransformerBlock) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ def block_forward(
         return block.attn1(normalized, attention_mask=attention_mask, **attention_kwargs)
 
     outputs = [unit_output(plan[0], stored[0], self_attention)]
-    hidden_states = _flat(gate_msa * outputs[0] + hidden_states)
+    hidden_states = _flat(add_gated(plan[0], hidden_states, gate_msa, outputs[0], branch_first=True))
 
     if block.attn2 is not None:
 
@@ -82,7 +82,7 @@ def block_forward(
         return block.ff(norm_ff(hidden_states) * (1 + scale_mlp) + shift_mlp)
 
     outputs.append(unit_output(plan[-1], stored[-1], feed_forward))
-    hidden_states = _flat(gate_mlp * outputs[-1] + hidden_states)
+    hidden_states = _flat(add_gated(plan[-1], hidden_states, gate_mlp, outputs[-1], branch_first=True))
     return hidden_states, tuple(outputs)
 
 

@@ -7,7 +7,7 @@ from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBloc
 from torch import Tensor
 
 from .modulation import modulate, modulation
-from .unit_adapter import Features, Plan, UnitAdapter, unit_output
+from .unit_adapter import Features, Plan, UnitAdapter, add_gated, unit_output
 
 
 def list_block_units(block: CogVideoXBlock) -> tuple[str, ...]:
@@ -41,8 +41,8 @@ def block_forward(
         )
 
     attention_output = unit_output(plan[0], stored[0], attention)
-    hidden_states = hidden_states + gate[:, None] * attention_output[0]
-    encoder_hidden_states = encoder_hidden_states + text_gate[:, None] * attention_output[1]
+    hidden_states = add_gated(plan[0], hidden_states, gate[:, None], attention_output[0])
+    encoder_hidden_states = add_gated(plan[0], encoder_hidden_states, text_gate[:, None], attention_output[1])
 
     ff_shift, ff_scale, ff_gate, ff_text_shift, ff_text_scale, ff_text_gate = modulation(block.norm2, temb, 6)
 
@@ -52,8 +52,9 @@ def block_forward(
         return block.ff(torch.cat([text, video], dim=1))
 
     feed_forward_output = unit_output(plan[1], stored[1], feed_forward)
-    hidden_states = hidden_states + ff_gate[:, None] * feed_forward_output[:, text_tokens:]
-    encoder_hidden_states = encoder_hidden_states + ff_text_gate[:, None] * feed_forward_output[:, :text_tokens]
+    hidden_states = add_gated(plan[1], hidden_states, ff_gate[:, None], feed_forward_output[:, text_tokens:])
+    text_output = feed_forward_output[:, :text_tokens]
+    encoder_hidden_states = add_gated(plan[1], encoder_hidden_states, ff_text_gate[:, None], text_output)
     return (hidden_states, encoder_hidden_states), (attention_output, feed_forward_output)
 
 

@@ -7,7 +7,7 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import Tensor
 
 from .modulation import modulate, modulation
-from .unit_adapter import Features, Plan, UnitAdapter, unit_output
+from .unit_adapter import Features, Plan, UnitAdapter, add_gated, unit_output
 
 
 def list_block_units(block: FluxSingleTransformerBlock) -> tuple[str, ...]:
@@ -42,7 +42,7 @@ def block_forward(
         return block.proj_out(torch.cat([attention, feed_forward], dim=2))
 
     output = unit_output(plan[0], stored[0], parallel)
-    hidden_states = hidden_states + gate.unsqueeze(1) * output
+    hidden_states = add_gated(plan[0], hidden_states, gate.unsqueeze(1), output)
     if hidden_states.dtype == torch.float16:
         hidden_states = hidden_states.clip(-65504, 65504)
     return (hidden_states[:, :text_tokens], hidden_states[:, text_tokens:]), (output,)

@@ -7,7 +7,7 @@ from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
 from torch import Tensor
 
 from .modulation import modulate, modulation
-from .unit_adapter import Features, Plan, UnitAdapter, unit_output
+from .unit_adapter import Features, Plan, UnitAdapter, add_gated, unit_output
 
 
 def list_block_units(block: FluxTransformerBlock) -> tuple[str, ...]:
@@ -42,23 +42,23 @@ def block_forward(
         )
 
     attention_output = unit_output(plan[0], stored[0], attention)
-    hidden_states = hidden_states + gate_msa.unsqueeze(1) * attention_output[0]
+    hidden_states = add_gated(plan[0], hidden_states, gate_msa.unsqueeze(1), attention_output[0])
 
     def feed_forward() -> Tensor:
         return block.ff(modulate(block.norm2(hidden_states), shift_mlp, scale_mlp))
 
     feed_forward_output = unit_output(plan[1], stored[1], feed_forward)
-    hidden_states = hidden_states + gate_mlp.unsqueeze(1) * feed_forward_output
+    hidden_states = add_gated(plan[1], hidden_states, gate_mlp.unsqueeze(1), feed_forward_output)
     if len(attention_output) == 3:
         hidden_states = hidden_states + attention_output[2]
 
-    encoder_hidden_states = encoder_hidden_states + c_gate_msa.unsqueeze(1) * attention_output[1]
+    encoder_hidden_states = add_gated(plan[0], encoder_hidden_states, c_gate_msa.unsqueeze(1), attention_output[1])
 
     def context_feed_forward() -> Tensor:
         return block.ff_context(modulate(block.norm2_context(encoder_hidden_states), c_shift_mlp, c_scale_mlp))
 
     context_output = unit_output(plan[2], stored[2], context_feed_forward)
-    encoder_hidden_states = encoder_hidden_states + c_gate_mlp.unsqueeze(1) * context_output
+    encoder_hidden_states = add_gated(plan[2], encoder_hidden_states, c_gate_mlp.unsqueeze(1), context_output)
     if encoder_hidden_states.dtype == torch.float16:
         encoder_hidden_states = encoder_hidden_states.clip(-65504, 65504)
     return (encoder_hidden_states, hidden_states), (attention_output, feed_forward_output, context_output)

@@ -6,7 +6,7 @@ from diffusers.models.attention import JointTransformerBlock
 from torch import Tensor
 
 from .modulation import modulate, modulation
-from .unit_adapter import Features, Plan, UnitAdapter, refuse_chunked_feed_forward, unit_output
+from .unit_adapter import Features, Plan, UnitAdapter, add_gated, refuse_chunked_feed_forward, unit_output
 
 
 def list_block_units(block: JointTransformerBlock) -> tuple[str, ...]:
@@ -29,7 +29,6 @@ def block_forward(
     The feature of `attn` is the pair (image, text), whose text is None in the last block, which drops it. In SD 3.5
     `attn` and `attn2` share one LayerNorm, which is computed when either is.
     """
-    plans, features = iter(plan), iter(stored)
     attention_kwargs = joint_attention_kwargs or {}
     block_input, normalized = hidden_states, None
 
@@ -57,33 +56,34 @@ def block_forward(
         image, text = block.attn(hidden_states=image, encoder_hidden_states=text, **attention_kwargs)
         return image, None if block.context_pre_only else text
 
-    attention_output = unit_output(next(plans), next(features), joint_attention)
+    attention_output = unit_output(plan[0], stored[0], joint_attention)
     outputs = [attention_output]
-    hidden_states = hidden_states + gate_msa.unsqueeze(1) * attention_output[0]
+    hidden_states = add_gated(plan[0], hidden_states, gate_msa.unsqueeze(1), attention_output[0])
 
     if block.use_dual_attention:
 
         def self_attention() -> Tensor:
             return block.attn2(hidden_states=modulate(normalize(), shift_msa2, scale_msa2), **attention_kwargs)
 
-        outputs.append(unit_output(next(plans), next(features), self_attention))
-        hidden_states = hidden_states + gate_msa2.unsqueeze(1) * outputs[-1]
+        outputs.append(unit_output(plan[1], stored[1], self_attention))
+        hidden_states = add_gated(plan[1], hidden_states, gate_msa2.unsqueeze(1), outputs[1])
 
     def feed_forward() -> Tensor:
         return block.ff(modulate(block.norm2(hidden_states), shift_mlp, scale_mlp))
 
-    outputs.append(unit_output(next(plans), next(features), feed_forward))
-    hidden_states = hidden_states + gate_mlp.unsqueeze(1) * outputs[-1]
+    unit = len(outputs)
+    outputs.append(unit_output(plan[unit], stored[unit], feed_forward))
+    hidden_states = add_gated(plan[unit], hidden_states, gate_mlp.unsqueeze(1), outputs[unit])
     if block.context_pre_only:
         return (None, hidden_states), tuple(outputs)
 
-    encoder_hidden_states = encoder_hidden_states + c_gate_msa.unsqueeze(1) * attention_output[1]
+    encoder_hidden_states = add_gated(plan[0], encoder_hidden_states, c_gate_msa.unsqueeze(1), attention_output[1])
 
     def context_feed_forward() -> Tensor:
         return block.ff_context(modulate(block.norm2_context(encoder_hidden_states), c_shift_mlp, c_scale_mlp))
 
-    outputs.append(unit_output(next(plans), next(features), context_feed_forward))
-    encoder_hidden_states = encoder_hidden_states + c_gate_mlp.unsqueeze(1) * outputs[-1]
+    outputs.append(unit_output(plan[-1], stored[-1], context_feed_forward))
+    encoder_hidden_states = add_gated(plan[-1], encoder_hidden_states, c_gate_mlp.unsqueeze(1), outputs[-1])
     return (encoder_hidden_states, hidden_states), tuple(outputs)
 
 

@@ -70,6 +70,21 @@ def _mix(beta: Tensor, computed: Tensor | None, stored: Tensor | None) -> Tensor
     return beta * computed + (1 - beta) * stored
 
 
+def add_gated(
+    plan: bool | Tensor, hidden_states: Tensor, gate: Tensor, output: Tensor, *, branch_first: bool = False
+) -> Tensor:
+    """`hidden_states + gate * output`, for a reused unit in one pass: all that it still costs.
+
+    A computed unit keeps the two operations of diffusers' blocks, and with them their bits.
+
+    Args:
+        branch_first: add in the other order, which can give other strides, and by them other bits later on.
+    """
+    if plan is False and gate.dtype == output.dtype == hidden_states.dtype:
+        return torch.addcmul(hidden_states, gate, output)
+    return gate * output + hidden_states if branch_first else hidden_states + gate * output
+
+
 def refuse_chunked_feed_forward(block: torch.nn.Module) -> None:
     """Raises `ValueError` for a block with chunked feed-forward, which would store the last chunk only."""
     if getattr(block, "_chunk_size", None) is not None:
