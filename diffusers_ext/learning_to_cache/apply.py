@@ -48,9 +48,14 @@ def apply_learned_cache(denoiser_or_pipeline: torch.nn.Module | DiffusionPipelin
     schedule, unit_names, router = _load_table(config)
     sampler = None if router is None else router.config.sampler
     hooks = [_make_hooks(denoiser, schedule, unit_names, config, pipeline, sampler) for denoiser in denoisers]
-    for denoiser in denoisers:
-        if router is not None:
+    if router is not None:
+        for denoiser in denoisers:
             _compare_origin(router, denoiser)
+        if router.config.reuse != config.reuse:
+            logger.warning(
+                f'The router was trained for reuse="{router.config.reuse}", but `reuse` is "{config.reuse}"; its '
+                f'quality here is not known. Give LearnedCacheConfig(..., reuse="{router.config.reuse}").'
+            )
 
     _warn_if_compiled(denoiser_or_pipeline)
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from .reuse import Reuse
+from .reuse import Reuse, check_reuse
 from .router import LearnedCacheRouter, check_budget, check_threshold
 from .schedule import check_schedule
 
@@ -34,8 +34,8 @@ class LearnedCacheConfig:
         on_step_mismatch: when a run has another number of evaluations than the table: `"error"` raises a `ValueError`,
             `"full"` computes everything and warns once.
         reuse: `"hold"` passes on a unit's latest output unchanged, as in the paper. `"linear"` extrapolates it from
-            its two latest computed outputs, as a function of the timestep; it keeps up to twice the memory. Use what
-            the router was trained with.
+            its two latest computed outputs, as a function of the timestep; it keeps up to twice the memory. Give what
+            the router was trained with, `router.config.reuse`; a warning says when they differ.
         compile_blocks: compile the blocks' forward by units, once for all blocks of a class.
         compile_kwargs: passed to `torch.compile` with `compile_blocks`.
 
@@ -84,8 +84,7 @@ class LearnedCacheConfig:
             raise ValueError(f"`on_step_mismatch` must be 'error' or 'full', got {self.on_step_mismatch!r}.")
         if not isinstance(self.compile_blocks, bool):
             raise TypeError(f"`compile_blocks` must be True or False, got {self.compile_blocks!r}.")
-        if self.reuse not in ("hold", "linear"):
-            raise ValueError(f"`reuse` must be 'hold' or 'linear', got {self.reuse!r}.")
+        check_reuse(self.reuse)
         if self.compile_kwargs is not None and not self.compile_blocks:
             raise ValueError("`compile_kwargs` needs `compile_blocks=True`.")
 

@@ -19,6 +19,12 @@ History = tuple[tuple[int, Feature], ...]
 Time = float | Tensor | None
 
 
+def check_reuse(reuse: str) -> None:
+    """Raises `ValueError` unless `reuse` is one of the two ways."""
+    if reuse not in ("hold", "linear"):
+        raise ValueError(f"`reuse` must be 'hold' or 'linear', got {reuse!r}.")
+
+
 def linear_weight(time: Time, latest: Time, previous: Time) -> float | Tensor:
     """How far `time` lies beyond `latest`, in units of the way from `previous` to `latest`.
 

@@ -13,6 +13,7 @@ from torch import BoolTensor, Tensor, nn
 from ..hub import HubModelMixin, describe_base
 from .adapters import list_units
 from .conversion import convert_router_state_dict, load_original_checkpoint
+from .reuse import Reuse, check_reuse
 from .router_card import router_card
 from .schedule import budget_schedule, check_cached_steps, default_cached_steps, threshold_schedule
 from .stats import LearnedCacheStats, schedule_stats
@@ -53,6 +54,7 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
         denoiser_class: class name of the denoiser.
         sampler: name of the sampler whose grid it was trained on.
         logit_bound: the trainer clamps logits to [-bound, bound]; 5 as in the released DiT code, None for no bound.
+        reuse: `"hold"` or `"linear"`, what it was trained for, see `LearnedCacheConfig`.
 
     Attributes:
         logits: parameter (N, M), float32, rows in sampling order (row 0 is the noisiest), initialised from N(0, 1).
@@ -75,6 +77,7 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
         denoiser_class: str | None = None,
         sampler: str | None = None,
         logit_bound: float | None = 5.0,
+        reuse: Reuse = "hold",
     ) -> None:
         super().__init__()
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
@@ -85,6 +88,7 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
         cached_steps = default_cached_steps(num_steps) if cached_steps is None else list(cached_steps)
         check_cached_steps(cached_steps, num_steps)
         check_threshold(threshold)
+        check_reuse(reuse)
         if logit_bound is not None and not logit_bound > 0:
             raise ValueError(f"`logit_bound` must be positive or None, got {logit_bound}.")
         self.register_to_config(unit_names=unit_names, cached_steps=cached_steps)
@@ -180,7 +184,7 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
         threshold: float | None = None,
         macs: dict[str, float] | None = None,
         *,
-        reuse: Literal["hold", "linear"] = "hold",
+        reuse: Reuse | None = None,
     ) -> LearnedCacheStats:
         """What the table saves: units computed and removed, by row and kind of unit.
 
@@ -188,8 +192,9 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
             threshold: as in `schedule`.
             macs: multiply-accumulates of each unit by name, and of the whole denoiser under `""`, as `count_macs`
                 gives them; with it the stats hold the share of them that is left.
-            reuse: see `LearnedCacheConfig`; it decides what is stored.
+            reuse: see `LearnedCacheConfig`; it decides what is stored. Default: what the router was trained for.
         """
+        reuse = self.config.reuse if reuse is None else reuse
         return schedule_stats(self.schedule(threshold), self.unit_names, self.cached_steps, macs, reuse)
 
     def resample(self, num_steps: int, cached_steps: Sequence[int] | None = None) -> "LearnedCacheRouter":
@@ -221,4 +226,4 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
         return router_card(self)
 
 
-_SHARED_CONFIG = ("threshold", "base_model", "denoiser_class", "sampler", "logit_bound")
+_SHARED_CONFIG = ("threshold", "base_model", "denoiser_class", "sampler", "logit_bound", "reuse")

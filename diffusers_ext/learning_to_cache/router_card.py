@@ -39,10 +39,10 @@ def router_card(router: LearnedCacheRouter) -> dict[str, Any]:
             "from diffusers_ext import LearnedCacheConfig, LearnedCacheRouter, apply_learned_cache\n"
             f"{_sampler_usage(config.sampler)}\n"
             'router = LearnedCacheRouter.from_pretrained("org/name", revision="commit id")\n'
-            "apply_learned_cache(pipe, LearnedCacheConfig(router=router))"
+            f"apply_learned_cache(pipe, LearnedCacheConfig(router=router{_reuse_argument(config.reuse)}))"
         ),
         "sections": {
-            "What it saves": _savings(stats, config.threshold),
+            "What it saves": _savings(stats, config.threshold, config.reuse),
             "What it computes": "\n\n".join(
                 [f"![units by evaluation, computed or reused]({name})" for name in pictures]
                 + [_rows(stats, router.cached_steps)]
@@ -61,7 +61,7 @@ def _draw(router: LearnedCacheRouter) -> dict[str, bytes]:
         return {}
 
 
-def _savings(stats: LearnedCacheStats, threshold: float) -> str:
+def _savings(stats: LearnedCacheStats, threshold: float, reuse: str) -> str:
     """The table as a whole."""
     rows = {
         "units computed, all evaluations": f"{stats.computed} of {stats.total} ({stats.computed_fraction:.1%})",
@@ -73,10 +73,11 @@ def _savings(stats: LearnedCacheStats, threshold: float) -> str:
     if stats.denoiser_macs_fraction is not None:
         rows["multiply-accumulates of the whole denoiser that are left"] = f"{stats.denoiser_macs_fraction:.1%}"
     stored = sum(stats.stored_per_row) / stats.num_steps
-    rows["unit outputs stored after an evaluation, for the next"] = (
+    rows["unit outputs stored after an evaluation, for later ones"] = (
         f"{stored:.1f} on average, {max(stats.stored_per_row)} at most, of {stats.num_units}"
     )
     rows["threshold"] = str(threshold)
+    rows["reuse"] = "the last output" if reuse == "hold" else "extrapolated from the last two computed outputs"
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
@@ -95,6 +96,10 @@ def _rows(stats: LearnedCacheStats, cached_steps: list[int]) -> str:
         counts = [stats.computed_per_row[row], *(stats.computed_per_row_by_kind[kind][row] for kind in kinds)]
         lines.append(f"| {row} | {' | '.join(str(count) for count in counts)} |")
     return "\n".join(lines)
+
+
+def _reuse_argument(reuse: str) -> str:
+    return "" if reuse == "hold" else f', reuse="{reuse}"'
 
 
 def _sampler_usage(sampler: str | None) -> str:

@@ -14,9 +14,9 @@ from ..hooks._compat import unwrap_module
 from .adapters import list_units
 from .cache import HOOK_NAME
 from .objective import LearnedCacheLoss, output_distance, straight_through
-from .reuse import Reuse
+from .reuse import Reuse, check_reuse
 from .router import LearnedCacheRouter, check_threshold
-from .training_sampler import fresh_scheduler, without_sigma
+from .training_sampler import add_noise, fresh_scheduler, scale_model_input, without_sigma
 from .unit_mixer import UnitMixer
 
 
@@ -52,7 +52,9 @@ class LearnedCacheTrainer:
         guidance_scale: compare guided outputs: every pass runs the condition and the null condition.
         null_kwargs: the null condition, keyword arguments of the denoiser with the batch size of the data; required
             with `guidance_scale`.
-        reuse: `"hold"` or `"linear"`, what inference will use, see `LearnedCacheConfig`.
+        reuse: `"hold"` or `"linear"`, what inference will use, see `LearnedCacheConfig`; default: the router's. The
+            router's config remembers it.
+        timestep_scale: factor from the scheduler's timesteps to those that the denoiser takes: 1e-3 for Flux.
 
     Attributes:
         timesteps: (N,), of the rows.
@@ -73,7 +75,8 @@ class LearnedCacheTrainer:
         ste_threshold: float | None = None,
         guidance_scale: float | None = None,
         null_kwargs: dict[str, Any] | None = None,
-        reuse: Reuse = "hold",
+        reuse: Reuse | None = None,
+        timestep_scale: float = 1,
     ) -> None:
         denoiser = unwrap_module(denoiser)
         self._plain_router: LearnedCacheRouter = getattr(router, "module", router)
@@ -83,8 +86,8 @@ class LearnedCacheTrainer:
             raise ValueError(f"`regularization` must not be negative, got {regularization}.")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"`reduction` must be 'mean' or 'sum', got {reduction!r}.")
-        if reuse not in ("hold", "linear"):
-            raise ValueError(f"`reuse` must be 'hold' or 'linear', got {reuse!r}.")
+        reuse = self._plain_router.config.reuse if reuse is None else reuse
+        check_reuse(reuse)
         if ste_threshold is not None:
             check_threshold(ste_threshold)
         if (guidance_scale is None) != (null_kwargs is None):
@@ -105,6 +108,8 @@ class LearnedCacheTrainer:
         self.regularization = regularization
         self.reduction = reduction
         self.reuse = reuse
+        self.timestep_scale = timestep_scale
+        self._plain_router.register_to_config(reuse=reuse)
         self.ste_threshold = ste_threshold
         self.guidance_scale = guidance_scale
         self.null_kwargs = null_kwargs or {}
@@ -195,7 +200,7 @@ class LearnedCacheTrainer:
         betas = self._betas(scores).to(noise.device)
         table = self._table()
         scheduler = copy.deepcopy(self._scheduler)
-        state = noise * scheduler.init_noise_sigma
+        state = noise * getattr(scheduler, "init_noise_sigma", 1.0)
         try:
             for row, timestep in enumerate(self.timesteps):
                 plan = betas[row] if row in self._cached_rows else table[row]
@@ -318,8 +323,7 @@ class LearnedCacheTrainer:
         first -= first % getattr(scheduler, "order", 1)  # a solver of two evaluations a step begins with the first
         if noise is None:
             noise = torch.randn(sample.shape, generator=generator, dtype=sample.dtype).to(sample.device)
-        add_noise = getattr(scheduler, "add_noise", None) or scheduler.scale_noise
-        state = add_noise(sample, noise, _expand(self.timesteps[first], sample))
+        state = add_noise(scheduler, sample, noise, _expand(self.timesteps[first], sample))
         table = self._table()
         for row in range(first, step):
             # Up to the last full row the states are the teacher's, while the history is that of the table.
@@ -354,7 +358,7 @@ class LearnedCacheTrainer:
     ) -> tuple[Tensor, Tensor | None]:
         """A run in which one row reuses everything from full rows: the final sample, and that row's data term."""
         scheduler = copy.deepcopy(self._scheduler)
-        sample, distance = noise * scheduler.init_noise_sigma, None
+        sample, distance = noise * getattr(scheduler, "init_noise_sigma", 1.0), None
         units = len(self._plain_router.unit_names)
         try:
             for row, timestep in enumerate(self.timesteps):
@@ -378,7 +382,8 @@ class LearnedCacheTrainer:
     def _denoise(self, sample: Tensor, row: int, denoiser_kwargs: dict[str, Any]) -> Tensor:
         """The denoiser's output at a row, guided if so configured, as the mixer was told."""
         timestep = self.timesteps[row]
-        sample = copy.deepcopy(self._scheduler).scale_model_input(sample, timestep)
+        sample = scale_model_input(self._scheduler, sample, timestep)
+        timestep = timestep * self.timestep_scale
         if self.guidance_scale is None:
             return _first(self.denoiser(sample, timestep=_expand(timestep, sample), **denoiser_kwargs))
         missing = [k for k, v in denoiser_kwargs.items() if isinstance(v, Tensor) and k not in self.null_kwargs]

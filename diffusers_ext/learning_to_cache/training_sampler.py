@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 
@@ -22,11 +23,28 @@ def fresh_scheduler(scheduler: Any, num_steps: int) -> Any:
             "strips learned sigmas itself. Use `from_config(scheduler.config, variance_type=None)`."
         )
     fresh = copy.deepcopy(scheduler)
-    fresh.set_timesteps(scheduler.num_inference_steps)
-    if not torch.equal(fresh.timesteps.cpu(), scheduler.timesteps.cpu()):
-        fresh.set_timesteps(timesteps=scheduler.timesteps.tolist())
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        fresh._step_index = fresh._begin_index = None  # it has no other state, and its grid may depend on the image
+    else:
+        fresh.set_timesteps(scheduler.num_inference_steps)
+        if not torch.equal(fresh.timesteps.cpu(), scheduler.timesteps.cpu()):
+            fresh.set_timesteps(timesteps=scheduler.timesteps.tolist())
     _check_deterministic(fresh)
     return fresh
+
+
+def add_noise(scheduler: Any, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Clean samples noised to timesteps (batch,), by schedulers of diffusion and of flow matching."""
+    if hasattr(scheduler, "add_noise"):
+        return scheduler.add_noise(sample, noise, timesteps)
+    return scheduler.scale_noise(sample, timesteps, noise)
+
+
+def scale_model_input(scheduler: Any, sample: Tensor, timestep: Tensor) -> Tensor:
+    """What the denoiser gets of a state of the sampler; flow matching scales nothing."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return sample
+    return copy.deepcopy(scheduler).scale_model_input(sample, timestep)
 
 
 def _check_deterministic(scheduler: Any) -> None:
@@ -37,7 +55,7 @@ def _check_deterministic(scheduler: Any) -> None:
             torch.manual_seed(seed)
             stepper, state = copy.deepcopy(scheduler), torch.ones(1, 4, 2, 2)
             for timestep in scheduler.timesteps[:2]:
-                model_input = stepper.scale_model_input(state, timestep)
+                model_input = scale_model_input(stepper, state, timestep)
                 state = stepper.step(0.1 * model_input, timestep, state).prev_sample
             ends.append(state)
     if not torch.equal(*ends):

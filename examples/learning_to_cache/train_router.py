@@ -1,7 +1,7 @@
 """Train a Learning-to-Cache router for a class-conditional `DiTPipeline`, its weights frozen.
 
-The demo's router, in some minutes on a CPU. It needs no images: states are taken from the sampler's own runs, guided
-outputs are compared, and rows are weighed by what their errors do to the final sample, all beyond the paper:
+The demo's router, in some minutes on a CPU. It needs no images: the final samples of guided runs of the sampler are
+compared, at a wanted cost, and reused outputs are extrapolated, all beyond the paper:
 
     accelerate launch examples/learning_to_cache/train_router.py
 
@@ -9,8 +9,8 @@ The authors' setting for DiT-XL/2 at 20 steps, on the GPUs of one machine:
 
     accelerate launch --multi_gpu --mixed_precision fp16 examples/learning_to_cache/train_router.py \
         --base facebook/DiT-XL-2-256 --original_embeddings --data_dir imagenet/train --guidance_scale 1 \
-        --no-weigh_rows --num_steps 20 --regularization 5e-6 --learning_rate 3e-4 --threshold 0.1 --batch_size 8 \
-        --iterations 20000 --push_to_hub org/name
+        --reuse hold --no-weigh_rows --no-compute --regularization 5e-6 --learning_rate 3e-4 --threshold 0.1 \
+        --batch_size 8 --iterations 20000 --push_to_hub org/name
 
 (Their learning rate is 1e-3 with a parameter per row, which moves as far as 3e-4 with all rows in one.)
 
@@ -76,25 +76,28 @@ def parse_args() -> argparse.Namespace:
         help="images in one folder per class, in the order of the class ids, or 'sklearn-digits'; default: no data",
     )
     parser.add_argument("--max_images", type=int, default=50_000, help="of --data_dir, drawn by the seed")
-    parser.add_argument("--trajectories", type=int, default=256, help="sampler runs to learn from without data")
     parser.add_argument("--output_dir", type=Path, default=None, help="default: <name of the base>-router")
     parser.add_argument("--work_dir", type=Path, default=None, help="latents, state; default: runs/<base>-router")
     parser.add_argument("--num_steps", type=int, default=20, help="denoiser evaluations N")
-    parser.add_argument("--regularization", type=float, default=1e-5, help="lambda, the price of a computed unit")
+    parser.add_argument("--reuse", choices=("hold", "linear"), default="linear", help="as inference will")
+    parser.add_argument("--period", type=int, default=2, help="every how many evaluations everything is computed")
+    parser.add_argument("--compute", type=float, default=0.6, help="wanted share of all unit calls; steers lambda")
+    parser.add_argument("--no-compute", dest="compute", action="store_const", const=None, help="keep lambda fixed")
+    parser.add_argument("--regularization", type=float, default=1e-6, help="lambda, the price of a computed unit")
     parser.add_argument("--threshold", type=float, default=0.5)
-    parser.add_argument("--learning_rate", type=float, default=0.1, help="few iterations; 1e-3 with tens of thousands")
-    parser.add_argument("--iterations", type=int, default=800)
-    parser.add_argument("--batch_size", type=int, default=32, help="per process")
+    parser.add_argument("--learning_rate", type=float, default=0.2, help="few iterations; 1e-3 with tens of thousands")
+    parser.add_argument("--iterations", type=int, default=80, help="on data some hundreds to tens of thousands")
+    parser.add_argument("--batch_size", type=int, default=16, help="per process")
     parser.add_argument("--label_dropout", type=float, default=0.1, help="without guidance")
     parser.add_argument("--guidance_scale", type=float, default=4.0, help="compare guided outputs; 1 for plain ones")
     parser.add_argument(
         "--weigh_rows",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="weigh each row by what its errors do to the final sample",
+        help="on data, weigh each row by what its errors do to the final sample",
     )
     parser.add_argument("--original_embeddings", action="store_true", help="for the weights of DiT's authors")
-    parser.add_argument("--checkpointing_steps", type=int, default=200)
+    parser.add_argument("--checkpointing_steps", type=int, default=20)
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default=None)
     parser.add_argument("--push_to_hub", metavar="REPO_ID", default=None)
     parser.add_argument("--seed", type=int, default=0)
@@ -175,50 +178,35 @@ def encode_latents(args: argparse.Namespace, pipeline: DiTPipeline, device: torc
     return path
 
 
-# Called as `loss(step, generator)` at each iteration.
-Loss = Callable[[int, torch.Generator], LearnedCacheLoss]
+# Called as `loss(shared, own)` at each iteration, with generators equal on all processes and of each its own.
+Loss = Callable[[torch.Generator, torch.Generator], LearnedCacheLoss]
 
 
 def loss_on_data(args: argparse.Namespace, trainer: LearnedCacheTrainer, path: Path, null_class: int) -> Loss:
-    """Clean latents, noised to the row before, as in the paper."""
+    """Clean latents, noised to the row before, as in the paper: one row, the same on every process."""
     data = load_file(path)
     latents, labels = data["latents"], data["labels"]
 
-    def loss(step: int, generator: torch.Generator) -> LearnedCacheLoss:
-        index = torch.randint(len(latents), (args.batch_size,), generator=generator)
-        class_labels = drop_labels(args, labels[index], null_class, generator)
-        noise = torch.randn(latents[index].shape, generator=generator)
-        device = trainer.denoiser.device
+    def loss(shared: torch.Generator, own: torch.Generator) -> LearnedCacheLoss:
+        index = torch.randint(len(latents), (args.batch_size,), generator=own)
+        class_labels = drop_labels(args, labels[index], null_class, own)
+        noise = torch.randn(latents[index].shape, generator=own)
+        device, step = trainer.denoiser.device, trainer.sample_step(shared)
         return trainer.loss(latents[index].to(device), step, noise.to(device), class_labels=class_labels.to(device))
 
     return loss
 
 
-@torch.no_grad()
-def loss_on_own_states(
-    args: argparse.Namespace,
-    trainer: LearnedCacheTrainer,
-    class_ids: torch.Tensor,
-    null_class: int,
-    generator: torch.Generator,
+def loss_of_runs(
+    args: argparse.Namespace, trainer: LearnedCacheTrainer, class_ids: torch.Tensor, null_class: int
 ) -> Loss:
-    """States of the sampler's own runs: no data, and what inference will meet."""
-    device, states, labels = trainer.denoiser.device, [], []
-    for _ in tqdm(range(max(1, args.trajectories // args.batch_size)), desc="trajectories"):
-        noise, class_labels = draw_noise(args, trainer, class_ids, generator)
-        class_labels = drop_labels(args, class_labels, null_class, generator)
-        labels.append(class_labels)
-        states.append(trainer.sample_trajectory(noise.to(device), class_labels=class_labels.to(device)).cpu())
-    states, labels = torch.cat(states, dim=1), torch.cat(labels)
+    """Final samples of the sampler's own runs, all rows at once: no data, and what inference will meet."""
 
-    def loss(step: int, generator: torch.Generator) -> LearnedCacheLoss:
-        index = torch.randint(len(labels), (args.batch_size,), generator=generator)
-        return trainer.loss(
-            states[step - 1, index].to(device),
-            step,
-            next_sample=states[step, index].to(device),
-            class_labels=labels[index].to(device),
-        )
+    def loss(shared: torch.Generator, own: torch.Generator) -> LearnedCacheLoss:
+        noise, class_labels = draw_noise(args, trainer, class_ids, own)
+        class_labels = drop_labels(args, class_labels, null_class, own)
+        device = trainer.denoiser.device
+        return trainer.loss_of_run(noise.to(device), class_labels=class_labels.to(device))
 
     return loss
 
@@ -242,16 +230,35 @@ def drop_labels(
     return torch.where(torch.rand(len(labels), generator=generator) < args.label_dropout, null_class, labels)
 
 
-def describe_training(args: argparse.Namespace) -> str:
+def describe_training(args: argparse.Namespace, regularization: float) -> str:
     """For the model card."""
-    states = "states of the sampler's own runs" if args.data_dir is None else "noised images, as in the paper"
-    outputs = f"outputs guided by {args.guidance_scale:g}" if args.guidance_scale > 1 else "plain outputs"
-    weights = "weighed by what its errors do to the final sample" if args.weigh_rows else "unweighted, as in the paper"
+    if args.data_dir is None:
+        objective = "the final samples of whole runs of the sampler are compared, without data"
+    else:
+        weights = ", each weighed by what its errors do to the final sample" if args.weigh_rows else ""
+        objective = f"outputs at noised images are compared, as in the paper{weights}"
+    guidance = f"guidance {args.guidance_scale:g}" if args.guidance_scale > 1 else "no guidance"
+    price = f"{regularization:.1e}"
+    if args.compute is not None:
+        price += f" (steered to {args.compute:.0%} of the unit calls)"
     return (
-        f"`examples/learning_to_cache/train_router.py` of diffusers-ext, the denoiser's weights frozen: {states}, "
-        f"{outputs}, each evaluation {weights}. {args.iterations} iterations of batch {args.batch_size}, AdamW at "
-        f"{args.learning_rate:g}, regularization {args.regularization:g}, seed {args.seed}."
+        f"`examples/learning_to_cache/train_router.py` of diffusers-ext, the denoiser's weights frozen: {objective}; "
+        f"{guidance}. {args.iterations} iterations of batch {args.batch_size}, AdamW at {args.learning_rate:g}, "
+        f"regularization {price}, seed {args.seed}."
     )
+
+
+class Price:
+    """The trainer's regularization as a part of the saved state."""
+
+    def __init__(self, trainer: LearnedCacheTrainer) -> None:
+        self.trainer = trainer
+
+    def state_dict(self) -> dict[str, float]:
+        return {"regularization": self.trainer.regularization}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.trainer.regularization = state["regularization"]
 
 
 def count_macs_of_a_sample(transformer: DiTTransformer2DModel) -> dict[str, float]:
@@ -279,18 +286,25 @@ def main() -> None:
     null_class = transformer.config.num_embeds_ada_norm
     scheduler = RespacedDDIMScheduler.from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(args.num_steps)
+    cached_steps = [row for row in range(args.num_steps) if row % args.period]
     router = LearnedCacheRouter.for_denoiser(
         transformer,
         args.num_steps,
+        cached_steps=cached_steps,
         threshold=args.threshold,
         base_model=args.base_model or (None if Path(args.base).exists() else args.base),
         sampler=type(scheduler).__name__,
+        reuse=args.reuse,
     )
-    optimizer = torch.optim.AdamW(router.parameters(), lr=args.learning_rate, weight_decay=0)
+    on_data = args.data_dir is not None
+    options: dict[str, Any] = {}
+    if not on_data:
+        with torch.no_grad():
+            router.logits.mul_(0.3)  # few iterations: begin undecided
+        options = {"betas": (0.9, 0.95), "eps": 1e-14}  # errors of the final sample are small and change their size
+    optimizer = torch.optim.AdamW(router.parameters(), lr=args.learning_rate, weight_decay=0, **options)
     router, optimizer = accelerator.prepare(router, optimizer)
 
-    state = args.work_dir / "state"
-    start = resume(accelerator, state, args.iterations, training_arguments(args))
     guided = args.guidance_scale > 1
     null_labels = torch.full((args.batch_size,), null_class, device=accelerator.device)
     trainer = LearnedCacheTrainer(
@@ -298,34 +312,43 @@ def main() -> None:
         router,
         scheduler,
         regularization=args.regularization,
+        ste_threshold=None if on_data else args.threshold,
         guidance_scale=args.guidance_scale if guided else None,
         null_kwargs={"class_labels": null_labels} if guided else None,
     )
+    accelerator.register_for_checkpointing(Price(trainer))
+    state = args.work_dir / "state"
+    start = resume(accelerator, state, args.iterations, training_arguments(args))
     class_ids = torch.tensor(sorted(set(pipeline.labels.values())) or range(null_class))
-    if args.weigh_rows:
+    if on_data and args.weigh_rows:
         noise, labels = draw_noise(args, trainer, class_ids, torch.Generator().manual_seed(args.seed))
         weights = trainer.weigh_rows(noise.to(accelerator.device), class_labels=labels.to(accelerator.device))
         logger.info("row weights: " + " ".join(f"{weight:.1e}" for weight in weights.tolist()))
-    if path is None:
-        generator = torch.Generator().manual_seed(args.seed * 1_009 + accelerator.process_index)
-        compute_loss = loss_on_own_states(args, trainer, class_ids, null_class, generator)
-    else:
+    if on_data:
         compute_loss = loss_on_data(args, trainer, path, null_class)
+    else:
+        compute_loss = loss_of_runs(args, trainer, class_ids, null_class)
+    share_of_pairs = None
+    if args.compute is not None:
+        share_of_pairs = max(0.0, 1 - (1 - args.compute) * args.num_steps / len(cached_steps))
     progress = tqdm(
         range(start, args.iterations), initial=start, total=args.iterations, disable=not accelerator.is_main_process
     )
     for iteration in progress:
-        # The row is the same on every process, the data is each process's own.
         shared = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
-        step = trainer.sample_step(shared)
         own = torch.Generator().manual_seed((args.seed * 1_000_003 + iteration) * 1_009 + accelerator.process_index)
         with accelerator.autocast():
-            loss = compute_loss(step, own)
+            loss = compute_loss(shared, own)
         accelerator.backward(loss.total)
+        if not on_data:
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * min(1.0, 2 * (1 - iteration / args.iterations))
         optimizer.step()
         optimizer.zero_grad()
         trainer.clamp_()
-        progress.set_postfix(row=step, data=f"{loss.data:.2e}", units=f"{loss.sparsity:.1f}", refresh=False)
+        if share_of_pairs is not None:
+            trainer.steer_(share_of_pairs, rate=0.01 if on_data else 0.1)
+        progress.set_postfix(data=f"{loss.data:.2e}", units=f"{loss.sparsity:.1f}", refresh=False)
         if (iteration + 1) % args.checkpointing_steps == 0 or iteration + 1 == args.iterations:
             save_state(accelerator, state, iteration + 1)
     trainer.detach()
@@ -333,7 +356,7 @@ def main() -> None:
 
     if accelerator.is_main_process:
         router = accelerator.unwrap_model(router).cpu()
-        router.card_sections["Training"] = describe_training(args)
+        router.card_sections["Training"] = describe_training(args, trainer.regularization)
         router.macs = count_macs_of_a_sample(transformer)
         router.save_pretrained(args.output_dir)
         stats = router.stats()
