@@ -105,7 +105,7 @@ class ModuleCallCounter:
 def sample(pipe: DiffusionPipeline, num_steps: int, router: LearnedCacheRouter | None) -> tuple[np.ndarray, float]:
     """Images (n, 32, 32) in [0, 1], the ten digits `SAMPLES_PER_DIGIT` times, and the seconds it took."""
     if router is not None:
-        pipe.enable_learned_cache(router=router)
+        pipe.enable_learned_cache(router=router, reuse=router.config.reuse)
     start = time.perf_counter()
     output = pipe(
         class_labels=list(range(10)) * SAMPLES_PER_DIGIT,

@@ -68,10 +68,10 @@ def test_a_run_killed_while_saving_ends_where_an_uninterrupted_one_does(uninterr
 def test_other_arguments_are_refused_by_name(what, uninterrupted, images, tmp_path):
     others, part, differences = {
         "training": (
-            ("--regularization", "1e-3", "--learning_rate", "0.2", "--num_steps", "6"),
+            ("--regularization", "1e-3", "--learning_rate", "0.3", "--num_steps", "6"),
             "runs/digits-dit-router/state",
-            "--learning_rate was 0.1, now is 0.2; --num_steps was 4, now is 6; "
-            "--regularization was 1e-05, now is 0.001.",
+            "--learning_rate was 0.2, now is 0.3; --num_steps was 4, now is 6; "
+            "--regularization was 1e-06, now is 0.001.",
         ),
         "data": (("--data_dir", images), "runs/digits-dit-router", f"--data_dir was sklearn-digits, now is {images}."),
     }[what]
@@ -84,16 +84,33 @@ def test_other_arguments_are_refused_by_name(what, uninterrupted, images, tmp_pa
     assert not (tmp_path / "router").exists()
 
 
-def test_two_processes_train_the_same_row_on_their_own_data(uninterrupted, tmp_path):
-    options = ("--iterations", "2", "--trajectories", "4", "--output_dir", "router")  # no data
+def test_two_processes_train_one_router_on_their_own_runs(tmp_path):
+    options = ("--iterations", "2", "--output_dir", "router", "--compute", "0.8")  # no data
     run_script(SCRIPT, *SHORT, *options, folder=tmp_path, launch=2)
     router = LearnedCacheRouter.from_pretrained(tmp_path / "router")
-    assert torch.equal(router.logits[[0, 2]], uninterrupted[0].logits[[0, 2]])
-    assert router.logits.isfinite().all()
+    assert router.config.reuse == "linear" and router.config.cached_steps == [1, 3]
+    torch.manual_seed(0)
+    untrained = 0.3 * torch.randn(4, 16)
+    assert torch.equal(router.logits[[0, 2]], untrained[[0, 2]])
+    assert ((router.logits - untrained)[[1, 3]].abs() > 1e-3).all()
+
+
+def test_a_killed_run_on_runs_goes_on_at_the_price_it_had(tmp_path):
+    options = ("--iterations", "3", "--checkpointing_steps", "1", "--output_dir", "router", "--period", "3")
+    run_script(SCRIPT, *SHORT, *options, folder=tmp_path)
+    router = LearnedCacheRouter.from_pretrained(tmp_path / "router")
+    assert router.config.cached_steps == [1, 2]
+    card = (tmp_path / "router" / "README.md").read_text()
+    shutil.rmtree(tmp_path / "router")
+    (tmp_path / "runs" / "digits-dit-router" / "state" / "step-3" / "done").unlink()
+    run_script(SCRIPT, *SHORT, *options, folder=tmp_path)
+    assert torch.equal(LearnedCacheRouter.from_pretrained(tmp_path / "router").logits, router.logits)
+    assert (tmp_path / "router" / "README.md").read_text() == card
+    assert "steered to 60% of the unit calls" in card
 
 
 def test_a_folder_of_images_can_be_the_data(images, tmp_path):
-    plain = ("--guidance_scale", "1", "--no-weigh_rows")  # the paper's objective
+    plain = ("--guidance_scale", "1", "--no-weigh_rows", "--no-compute", "--reuse", "hold")  # the paper's objective
     options = ("--iterations", "1", "--output_dir", "router", "--data_dir", images)
     run_script(SCRIPT, *SHORT, *plain, *options, folder=tmp_path)
     assert (tmp_path / "router" / "README.md").exists()
