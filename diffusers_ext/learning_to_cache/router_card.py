@@ -74,7 +74,7 @@ def _savings(stats: LearnedCacheStats, threshold: float, reuse: str) -> str:
         rows["multiply-accumulates of the whole denoiser that are left"] = f"{stats.denoiser_macs_fraction:.1%}"
     stored = sum(stats.stored_per_row) / stats.num_steps
     rows["unit outputs stored after an evaluation, for later ones"] = (
-        f"{stored:.1f} on average, {max(stats.stored_per_row)} at most, of {stats.num_units}"
+        f"{stored:.1f} on average, {max(stats.stored_per_row)} at most (units: {stats.num_units})"
     )
     rows["threshold"] = str(threshold)
     rows["reuse"] = "the last output" if reuse == "hold" else "extrapolated from the last two computed outputs"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..hooks import find_hook
 from ..hooks._compat import unwrap_module
@@ -344,14 +344,22 @@ class LearnedCacheTrainer:
         denoiser_kwargs: dict[str, Any],
     ) -> Tensor:
         """The output at a row by the plan, whose activations are computed again when its gradient is."""
-        histories = self._mixer.histories
+        before, after = self._mixer.histories, []
 
         def evaluate(state: Tensor, plan: Tensor | list[bool]) -> Tensor:
-            self._mixer.histories = histories  # the second time, what was kept when this row came
-            self._mixer.run(row, plan, recorded)
-            return self._denoise(state, row, denoiser_kwargs)
+            with self._mixer.restored():
+                self._mixer.histories = before  # also the second time, when later rows have changed them
+                self._mixer.run(row, plan, recorded)
+                output = self._denoise(state, row, denoiser_kwargs)
+                if not after:
+                    after.extend(self._mixer.histories)
+            return output
 
-        return checkpoint(evaluate, state, plan, use_reentrant=False)
+        # To the end also the second time: other tools' hooks, such as offload, clean up after a forward.
+        with set_checkpoint_early_stop(False):
+            output = checkpoint(evaluate, state, plan, use_reentrant=False)
+        self._mixer.histories = after
+        return output
 
     def _sample_with_reuse_at(
         self, reusing_row: int | None, noise: Tensor, denoiser_kwargs: dict[str, Any]

@@ -1,6 +1,7 @@
 """Hooks for training: every block computed as it is, by a table, or with units mixed from computed and reused."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,6 +62,16 @@ class UnitMixer:
         """Drop all kept outputs."""
         self.compute_all()
         self.histories = [None] * len(self._hooks)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """After the block, the mixer is as it was before."""
+        histories, settings = self.histories, (self.row, self.plan, self.recorded)
+        try:
+            yield
+        finally:
+            self.histories = histories
+            self.run(*settings)
 
     @property
     def histories(self) -> list[tuple[History, ...] | None]:

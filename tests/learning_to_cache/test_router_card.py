@@ -34,7 +34,7 @@ def test_the_card_lists_the_rows_that_may_reuse_and_shows_the_table(router, tmp_
         "| 3 | 3 | 1 | 2 |\n"
     ) in card
     assert "| units computed, all evaluations | 17 of 20 (85.0%) |" in card
-    assert "| unit outputs stored after an evaluation, for later ones | 0.6 on average, 2 at most, of 4 |" in card
+    assert "| unit outputs stored after an evaluation, for later ones | 0.6 on average, 2 at most (units: 4) |" in card
     assert "multiply-accumulates" not in card
     assert "](schedule.png)" in card
     assert (tmp_path / "schedule.png").read_bytes() == schedule_png(

@@ -109,6 +109,15 @@ def test_the_gradient_of_a_run_equals_central_differences_in_every_cached_row(tr
         )
 
 
+def test_after_the_gradient_the_denoiser_computes_as_it_is(transformer, scheduler, samples, labels):
+    inputs = [(samples[0], scheduler.timesteps[2].expand(2))]
+    expected = call(transformer, inputs, labels)[0]
+    trainer = LearnedCacheTrainer(transformer, make_router(transformer, None), scheduler)
+    trainer.loss_of_run(samples[0], class_labels=labels).total.backward()
+    assert torch.equal(call(transformer, inputs, labels)[0], expected)
+    assert trainer._mixer.histories == [None] * 3
+
+
 def test_a_run_that_fails_keeps_nothing(transformer, scheduler, samples, labels, monkeypatch):
     trainer = LearnedCacheTrainer(transformer, make_router(transformer, None), scheduler)
     monkeypatch.setattr(trainer, "sample", lambda *args, **kwargs: samples[0])
