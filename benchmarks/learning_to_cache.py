@@ -63,6 +63,8 @@ FIRST_BLOCK_THRESHOLDS = (0.05, 0.08, 0.12, 0.2)
 DUAL_BLOCK_THRESHOLDS = (0.05, 0.08, 0.12, 0.2)
 TAYLOR_SEERS = ((2, 0), (2, 1), (2, 2), (3, 1))
 IMAGES_A_TIME = 100
+TRAINING = {"batch": 16, "data_batch": 64, "learning_rate": 0.2}
+EVALUATION_SEED = 1_000_000  # plus the seed: noise that no router was trained with
 
 
 class Way(NamedTuple):
@@ -87,7 +89,7 @@ class Way(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """A way over all seeds: medians, with the spread of the Frechet distance."""
+    """A way over all seeds: means, with the standard deviation of the Frechet distance, and the median time."""
 
     way: Way
     compute: float
@@ -101,7 +103,7 @@ def main() -> None:
     logging.getLogger("diffusers_ext").setLevel(logging.ERROR)
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
-    out = begin(__doc__, "learning_to_cache", steps=STEPS, guidance="none", threads=1)
+    out = begin(__doc__, "learning_to_cache", steps=STEPS, guidance="none", threads=1, **TRAINING)
     torch.set_num_threads(1)
     seeds = range(1 if out.short else 3)
     images = 100 if out.short else 500
@@ -174,7 +176,9 @@ class Routers:
             ste_threshold=None if data else 0.5,
         )
         # Steered prices change the size of gradients: a short memory of it, and no floor.
-        optimizer = torch.optim.AdamW(router.parameters(), lr=0.2, betas=(0.9, 0.95), eps=1e-14, weight_decay=0)
+        optimizer = torch.optim.AdamW(
+            router.parameters(), lr=TRAINING["learning_rate"], betas=(0.9, 0.95), eps=1e-14, weight_decay=0
+        )
         iterations = self.data_iterations if data else self.iterations
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, 2 * (1 - i / iterations)))
         wanted = share_of_pairs(budget, rows)
@@ -190,14 +194,15 @@ class Routers:
         return router.schedule(budget=max(wanted, 1e-9))
 
     def _loss_of_run(self, trainer: LearnedCacheTrainer) -> Any:
-        noise, labels = self.draw(16)
+        noise, labels = self.draw(TRAINING["batch"])
         return trainer.loss_of_run(noise, class_labels=labels)
 
     def _loss_on_data(self, trainer: LearnedCacheTrainer) -> Any:
         latents, labels = self._latents
-        chosen = torch.randint(len(labels), (64,))
+        count = TRAINING["data_batch"]
+        chosen = torch.randint(len(labels), (count,))
         null = self.pipe.transformer.config.num_embeds_ada_norm
-        dropped = torch.where(torch.rand(64) < 0.1, null, labels[chosen])
+        dropped = torch.where(torch.rand(count) < 0.1, null, labels[chosen])
         return trainer.loss(latents[chosen], trainer.sample_step(), class_labels=dropped)
 
     @functools.cached_property
@@ -240,23 +245,21 @@ def list_ways(routers: Routers) -> list[Way]:
     for reuse in ("hold", "linear"):
         for budget in BUDGETS:
             ways.append(ours(f"L2C {reuse}", f"{budget}", reuse, functools.partial(routers.learned, budget, reuse)))
-        for period, budget, data in ((2, 0.65, True), (3, LOW_BUDGET, False), (3, 0.55, False)):
+        for period, budget, data in ((2, 0.65, True), (3, LOW_BUDGET, False)):
             name = f"{budget}" + ", on data" * data + f", period {period}" * (period != 2)
             family = f"L2C {reuse}" + ", the paper's objective" * data + ", period 3" * (period == 3)
             table = functools.partial(routers.learned, budget, reuse, data=data, period=period)
             ways.append(ours(family, name, reuse, lambda seed, table=table: table(seed=seed)))
-        for budget in BUDGETS:
+        for budget, rows in (*((budget, PERIOD_2) for budget in BUDGETS), (LOW_BUDGET, PERIOD_3)):
+            unlearned = {"cached_steps": rows, "compute": budget, "num_steps": STEPS, "num_units": units}
+            name = f"{budget}" + ", period 3" * (rows is PERIOD_3)
             ways += [
-                ours(
-                    f"random {reuse}",
-                    f"{budget}",
-                    reuse,
-                    lambda seed, b=budget: random_schedule(STEPS, units, b, seed=seed),
-                ),
-                ours(f"uniform {reuse}", f"{budget}", reuse, lambda seed, b=budget: uniform_schedule(STEPS, units, b)),
+                ours(f"random {reuse}", name, reuse, lambda seed, u=unlearned: random_schedule(**u, seed=seed)),
+                ours(f"uniform {reuse}", name, reuse, lambda seed, u=unlearned: uniform_schedule(**u)),
             ]
-    for budget in BUDGETS:
-        ways.append(ours("least change (Eq. 7)", f"{budget}", "hold", functools.partial(routers.by_errors, budget)))
+        for budget in BUDGETS:
+            table = functools.partial(routers.by_errors, budget)
+            ways.append(ours(f"least change (Eq. 7) {reuse}", f"{budget}", reuse, table))
     for threshold in FIRST_BLOCK_THRESHOLDS:
         ways.append(Way("FirstBlockCache", f"{threshold}", lambda seed, t=threshold: FirstBlockCache(t)))
     for interval, order in TAYLOR_SEERS:
@@ -270,7 +273,7 @@ def list_ways(routers: Routers) -> list[Way]:
 
 def sample(pipe: DiffusionPipeline, peer: CachePeer, count: int, seed: int, steps: int = STEPS) -> tuple[Any, Any]:
     """Images (count, 32, 32) in [0, 1] of noise and labels by the seed, and their labels."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
     labels = [number % 10 for number in range(count)]
     parts = []
     with peer.attached(pipe):

@@ -3,7 +3,8 @@
 import inspect
 import logging
 import time as clock
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,6 +74,16 @@ class LearnedCache:
         self.state: RowState | None = None
         self.row: int | None = None
         self._in_full = False
+        self._beside_the_run = False
+
+    @contextmanager
+    def beside_the_run(self) -> Iterator[None]:
+        """Denoiser calls in this block are computed in full and are no rows of the run."""
+        self._beside_the_run = True
+        try:
+            yield
+        finally:
+            self._beside_the_run = False
 
     def begin(self, time: float | Tensor | None, signature: tuple) -> None:
         """A denoiser call begins: find its row. `time` is its timestep (read from a device only where needed)."""
@@ -180,7 +191,7 @@ class LearnedCache:
     ) -> Any:
         """One block of the call in progress, by its row of the table."""
         if self.row is None:
-            if self.state is None:
+            if self.state is None and not self._beside_the_run:
                 self._warn_once(
                     "A transformer block was called outside a call of its denoiser, or the denoiser's hook was "
                     "overwritten by another tool; the block is computed in full."
@@ -293,6 +304,10 @@ class DenoiserHook(GuardedHook):
                 "A learned cache cannot run under gradient checkpointing, which calls blocks a second time in the "
                 "backward pass; call `disable_gradient_checkpointing()` or `remove_learned_cache`."
             )
+        if kwargs.get("skip_layers"):
+            # Stable Diffusion 3's skip-layer guidance asks a shorter model at some timesteps, beside the run's calls.
+            with self.cache.beside_the_run():
+                return self.fn_ref.original_forward(*args, **kwargs)
         started = clock.perf_counter()
         hidden_states = self._argument("hidden_states", args, kwargs)
         timestep = self._argument("timestep", args, kwargs)

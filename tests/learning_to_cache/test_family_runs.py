@@ -174,3 +174,24 @@ def test_latte_without_temporal_attention_follows_the_table():
     spatial = sum(not name.startswith("temporal") for name in list_units(denoiser))
     assert [count for _, count in seen] == 3 * [spatial, 0]
     assert [torch.equal(*pair) for pair in zip(outputs, plain, strict=True)] == 3 * [True, False]
+
+
+def test_skip_layer_guidance_of_sd3_is_no_row_of_the_run(tiny_pipeline):
+    """Its calls come a second time at a timestep, with fewer blocks."""
+    pipe = tiny_pipeline("sd3")
+    skipping = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+
+    def draw():
+        return pipe(**{**TINY_PIPELINES["sd3"].call_kwargs(), "num_inference_steps": 4}, **skipping)[0]
+
+    plain = draw()
+    names = tuple(list_units(pipe.transformer))
+    for reused in (False, True):
+        schedule = torch.ones(4, len(names), dtype=torch.bool)
+        schedule[[1, 3]] = not reused
+        apply_learned_cache(pipe, LearnedCacheConfig(schedule=schedule, unit_names=names))
+        images = draw()
+        stats = learned_cache_stats(pipe)
+        assert stats.reused == 2 * len(names) * reused and stats.evaluations == 4 and not stats.reasons
+        assert np.array_equal(images, plain) != reused
+        remove_learned_cache(pipe)
