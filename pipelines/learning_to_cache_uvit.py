@@ -1,8 +1,10 @@
 """U-ViT with a learned cache, for `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`."""
 
+import operator
 import os
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -71,11 +73,18 @@ class LearnedCacheUViTPipeline(learning_to_cache.LearnedCacheMixin, DiffusionPip
             ValueError: an argument is out of range, or the learned cache is for another number of evaluations.
         """
         config = self.transformer.config
-        labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
         if config.num_classes is None:
             raise ValueError("This pipeline draws by class, and the transformer has `num_classes=None`.")
+        try:
+            labels = [operator.index(label) for label in np.atleast_1d(class_labels)]
+        except TypeError:
+            raise TypeError(
+                f"`class_labels` must be an integer or a list of integers, got {class_labels!r}."
+            ) from None
         if not labels or not all(0 <= label < config.num_classes for label in labels):
             raise ValueError(f"`class_labels` must lie in 0..{config.num_classes - 1}, got {class_labels}.")
+        if isinstance(generator, list) and len(generator) not in (1, len(labels)):
+            raise ValueError(f"`generator` must be one or one per image, {len(labels)}, got {len(generator)}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)

@@ -1,5 +1,6 @@
 """Put a learned cache on a denoiser or a pipeline, and take it off without a trace."""
 
+import inspect
 import logging
 import os
 from typing import Any
@@ -13,7 +14,15 @@ from ..hooks._compat import unwrap_module
 from ..hub import describe_base, origin_difference
 from ..versions import warn_untested_versions
 from .adapters import block_forwards, find_unit_adapter, iterate_blocks
-from .cache import HOOK_NAME, TRAINER_HOOK_NAME, BlockHook, DenoiserHook, LearnedCache
+from .cache import (
+    HOOK_NAME,
+    SAMPLE_ARGUMENTS,
+    TIME_ARGUMENTS,
+    TRAINER_HOOK_NAME,
+    BlockHook,
+    DenoiserHook,
+    LearnedCache,
+)
 from .config import LearnedCacheConfig
 from .router import METHOD, LearnedCacheRouter
 from .stats import LearnedCacheRunStats
@@ -57,6 +66,9 @@ def apply_learned_cache(denoiser_or_pipeline: torch.nn.Module | DiffusionPipelin
                 f'quality here is not known. Give LearnedCacheConfig(..., reuse="{router.config.reuse}").'
             )
 
+    caches = [pairs[0][1].cache for pairs in hooks]
+    for cache in caches:
+        cache.siblings = [other for other in caches if other is not cache]
     _warn_if_compiled(denoiser_or_pipeline)
 
     applied: list[torch.nn.Module] = []
@@ -168,6 +180,12 @@ def find_caches(denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline) -> li
 
 def _check_denoiser(denoiser: torch.nn.Module) -> None:
     name = type(denoiser).__name__
+    parameters = inspect.signature(type(denoiser).forward).parameters
+    for wanted in (SAMPLE_ARGUMENTS, TIME_ARGUMENTS):
+        if not any(argument in parameters for argument in wanted):
+            raise ValueError(
+                f"{name} takes {list(parameters)[1:]}; a learned cache needs an argument called one of {list(wanted)}."
+            )
     if find_hook(denoiser, HOOK_NAME) is not None:
         raise ValueError(f"A learned cache is already applied to this {name}; call `remove_learned_cache` first.")
     if next(attached_hooks(denoiser, TRAINER_HOOK_NAME), None) is not None:

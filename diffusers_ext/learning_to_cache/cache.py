@@ -21,6 +21,10 @@ from .stats import LearnedCacheRunStats
 
 logger = logging.getLogger(__name__)
 
+# How diffusers' denoisers call the noisy sample and its time.
+SAMPLE_ARGUMENTS = ("hidden_states", "x", "sample")
+TIME_ARGUMENTS = ("timestep", "t", "timesteps")
+
 HOOK_NAME = "learned_cache"
 TRAINER_HOOK_NAME = "learned_cache_trainer"
 
@@ -70,6 +74,7 @@ class LearnedCache:
         self._runs_of_one_call = 0
         self._reused_before_run = 0
         self._warned: set[str] = set()
+        self.siblings: list[LearnedCache] = []  # of the same pipeline's other denoisers, which take turns with it
         # The call in progress; None between calls.
         self.state: RowState | None = None
         self.row: int | None = None
@@ -87,12 +92,15 @@ class LearnedCache:
 
     def begin(self, time: float | Tensor | None, signature: tuple) -> None:
         """A denoiser call begins: find its row. `time` is its timestep (read from a device only where needed)."""
+        for sibling in self.siblings:
+            sibling.states.drop_features()
         host_time = _host_time(time)
         fresh = self._watch.look(host_time)
         if fresh:
             self._restart()
-            self._full_run = self.check_num_rows(len(self._watch.grid))
-            self._compare_sampler()
+            if self._watch.grid is not None:
+                self._full_run = self.check_num_rows(len(self._watch.grid))
+                self._compare_sampler()
         elif host_time is not None and self._last_time is not None and host_time > self._last_time:
             if self.states.calls_per_step > 1:
                 self._restart()
@@ -217,6 +225,11 @@ class LearnedCache:
             for computed, history in zip(plan, histories, strict=True)
         )
         output, features = forward(block, plan, stored, *args, **kwargs)
+        if len(features) != len(plan):
+            raise ValueError(
+                f"The unit adapter of {type(block).__name__} names {len(plan)} units, but its forward returned "
+                f"{len(features)} features."
+            )
         if any(kept):
             self.state.features[index] = tuple(
                 extended(history, self.row, feature, keep) if computed else history[:keep]
@@ -309,10 +322,10 @@ class DenoiserHook(GuardedHook):
             with self.cache.beside_the_run():
                 return self.fn_ref.original_forward(*args, **kwargs)
         started = clock.perf_counter()
-        hidden_states = self._argument("hidden_states", args, kwargs)
-        timestep = self._argument("timestep", args, kwargs)
+        sample = self._argument(SAMPLE_ARGUMENTS, args, kwargs)
+        timestep = self._argument(TIME_ARGUMENTS, args, kwargs)
         try:
-            self.cache.begin(timestep, (tuple(hidden_states.shape), hidden_states.dtype, hidden_states.device))
+            self.cache.begin(timestep, _signature(sample))
             output = self.fn_ref.original_forward(*args, **kwargs)
         except BaseException:
             self.cache.reset()  # the call failed: the next one begins a new run
@@ -325,11 +338,13 @@ class DenoiserHook(GuardedHook):
         self.cache.reset()
         return module
 
-    def _argument(self, name: str, args: tuple, kwargs: dict) -> Any:
-        if name in kwargs:
-            return kwargs[name]
-        index = self._parameters.index(name) if name in self._parameters else len(args)
-        return args[index] if index < len(args) else None
+    def _argument(self, names: tuple[str, ...], args: tuple, kwargs: dict) -> Any:
+        for name in names:
+            if name in kwargs:
+                return kwargs[name]
+            if name in self._parameters and self._parameters.index(name) < len(args):
+                return args[self._parameters.index(name)]
+        return None
 
 
 class BlockHook(GuardedHook):
@@ -346,6 +361,13 @@ class BlockHook(GuardedHook):
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.cache.run_block(self.index, self.block_forward, self.fn_ref.original_forward, module, args, kwargs)
+
+
+def _signature(sample: Any) -> tuple | None:
+    """What stored features depend on: shape, type and device, of each where a denoiser takes a list (Z-Image)."""
+    if isinstance(sample, Tensor):
+        return tuple(sample.shape), sample.dtype, sample.device
+    return tuple(_signature(part) for part in sample) if isinstance(sample, list | tuple) else None
 
 
 def _host_time(time: float | Tensor | None) -> float | None:

@@ -1,7 +1,7 @@
 """The training loss of Learning-to-Cache as functions on tensors."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers.utils import BaseOutput
@@ -51,3 +51,39 @@ def straight_through(scores: Tensor, threshold: float) -> Tensor:
     """
     hard = (scores > threshold).to(scores.dtype)
     return hard + scores - scores.detach()
+
+
+def with_null(conditions: dict[str, Any], null: dict[str, Any], batch: int) -> dict[str, Any]:
+    """Conditions of a batch followed by their null conditions, for guidance in one call.
+
+    Args:
+        conditions: keyword arguments of a denoiser.
+        null: the null condition of each tensor of length `batch`; dictionaries go without.
+        batch: samples; tensors of another length are not per sample and stay as they are.
+
+    Raises:
+        ValueError: a null condition is missing, is of no condition, or has another batch size.
+    """
+    per_sample = [name for name, value in conditions.items() if _is_per_sample(value, batch)]
+    missing = [name for name in per_sample if name not in null]
+    if missing:
+        raise ValueError(f"`null_kwargs` must hold the null condition of every condition, {missing} is missing.")
+    unknown = [name for name in null if name not in conditions]
+    if unknown:
+        raise ValueError(f"`null_kwargs` holds {unknown}, which are no conditions of this call: {list(conditions)}.")
+    wrong = [name for name, value in null.items() if isinstance(value, Tensor) and len(value) != batch]
+    if wrong:
+        raise ValueError(f"`null_kwargs` must have the batch size of the data, {batch}; {wrong} have another.")
+    return {name: _doubled(value, null.get(name, value), batch) for name, value in conditions.items()}
+
+
+def _doubled(value: Any, null: Any, batch: int) -> Any:
+    if isinstance(value, dict):
+        return {key: _doubled(part, null[key], batch) for key, part in value.items()}
+    if _is_per_sample(value, batch):
+        return torch.cat([value, null])
+    return value
+
+
+def _is_per_sample(value: Any, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch

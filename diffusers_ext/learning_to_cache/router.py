@@ -10,9 +10,10 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import BoolTensor, Tensor, nn
 
+from ..hooks._compat import unwrap_module
 from ..hub import HubModelMixin, describe_base
 from .adapters import list_units
-from .conversion import convert_router_state_dict, load_original_checkpoint
+from .conversion import check_family, convert_router_state_dict, load_original_checkpoint
 from .reuse import Reuse, check_reuse
 from .router_card import router_card
 from .schedule import budget_schedule, check_cached_steps, default_cached_steps, threshold_schedule
@@ -103,7 +104,7 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
         Raises:
             ValueError: the denoiser has blocks that cannot be cached.
         """
-        config.setdefault("denoiser_class", type(denoiser).__name__)
+        config.setdefault("denoiser_class", type(unwrap_module(denoiser)).__name__)
         router = cls(num_steps=num_steps, unit_names=list_units(denoiser), **config)
         router.origin = describe_base(denoiser, METHOD, base_model=router.config.base_model)
         return router
@@ -126,6 +127,7 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
         Raises:
             ValueError: the file holds no router of this family, or is not safe to read.
         """
+        check_family(family)
         config, logits = convert_router_state_dict(load_original_checkpoint(path), family)
         if threshold is not None:
             config["threshold"] = threshold
@@ -201,7 +203,14 @@ class LearnedCacheRouter(HubModelMixin, ModelMixin, ConfigMixin):
         """A router for another number of evaluations: each row takes the trained row at the nearest relative position.
 
         It was not trained for this grid: a start for training, and a warning says so.
+
+        Args:
+            num_steps: evaluations of the new router.
+            cached_steps: its rows with reuse; default: as here, every second row from 1, or from 2 to the last but
+                one for solvers of two evaluations a step.
         """
+        if cached_steps is None and self.cached_steps == list(range(2, self.num_steps - 1, 2)):
+            cached_steps = range(2, num_steps - 1, 2)
         router = type(self)(
             num_steps=num_steps,
             unit_names=self.unit_names,

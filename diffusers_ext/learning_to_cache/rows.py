@@ -81,6 +81,11 @@ class RowStates(StateManager):
         self._turn = 0
         self._state_cache.clear()
 
+    def drop_features(self) -> None:
+        """Free what is stored in all contexts; runs stand where they stood."""
+        for state in self._state_cache.values():
+            state.features.clear()
+
     def reset(self, *args: Any, **kwargs: Any) -> None:
         super().reset(*args, **kwargs)
         self._turn = 0

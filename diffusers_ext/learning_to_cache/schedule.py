@@ -192,7 +192,7 @@ def stored_units(schedule: BoolTensor, reuse: Literal["hold", "linear"] = "hold"
     if reuse == "linear":
         stored[:-2] = (~schedule[2:]).long()
     stored[:-1][~schedule[1:]] = 2 if reuse == "linear" else 1
-    return stored
+    return stored.minimum(schedule.long().cumsum(dim=0))  # row 0 cannot keep two
 
 
 def check_cached_steps(cached_steps: Sequence[int], num_steps: int) -> None:

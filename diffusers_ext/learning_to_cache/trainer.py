@@ -1,23 +1,28 @@
 """Training a router with all weights of the denoiser frozen (paper, section 3.3; released `train_router.py`)."""
 
 import copy
+import logging
 import math
 from typing import Any, Literal
 
 import torch
 from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..hooks import find_hook
 from ..hooks._compat import unwrap_module
 from .adapters import list_units
-from .cache import HOOK_NAME
-from .objective import LearnedCacheLoss, output_distance, straight_through
+from .cache import HOOK_NAME, TRAINER_HOOK_NAME
+from .objective import LearnedCacheLoss, output_distance, straight_through, with_null
 from .reuse import Reuse, check_reuse
 from .router import LearnedCacheRouter, check_threshold
 from .training_sampler import add_noise, fresh_scheduler, scale_model_input, without_sigma
 from .unit_mixer import UnitMixer
+
+
+logger = logging.getLogger(__name__)
 
 
 class LearnedCacheTrainer:
@@ -51,7 +56,8 @@ class LearnedCacheTrainer:
             softly, as the paper does.
         guidance_scale: compare guided outputs: every pass runs the condition and the null condition.
         null_kwargs: the null condition, keyword arguments of the denoiser with the batch size of the data; required
-            with `guidance_scale`.
+            with `guidance_scale`. Conditions that are not per sample (Flux's ids) and dictionaries (PixArt's
+            `added_cond_kwargs`) need none: both branches get the same.
         reuse: `"hold"` or `"linear"`, what inference will use, see `LearnedCacheConfig`; default: the router's. The
             router's config remembers it.
         timestep_scale: factor from the scheduler's timesteps to those that the denoiser takes: 1e-3 for Flux.
@@ -94,6 +100,8 @@ class LearnedCacheTrainer:
             raise ValueError("`guidance_scale` and `null_kwargs` go together: give both or neither.")
         if find_hook(denoiser, HOOK_NAME) is not None:
             raise ValueError("A learned cache is applied to the denoiser; call `remove_learned_cache` first.")
+        if find_hook(denoiser, TRAINER_HOOK_NAME) is not None:
+            raise ValueError("Another trainer is on the denoiser; call its `detach` first.")
         units = list_units(denoiser)
         if self._plain_router.unit_names != units:
             raise ValueError(
@@ -103,6 +111,12 @@ class LearnedCacheTrainer:
         if getattr(denoiser, "is_gradient_checkpointing", False):
             raise ValueError("Gradient checkpointing calls blocks twice; call `disable_gradient_checkpointing()`.")
         self._scheduler = fresh_scheduler(scheduler, self._plain_router.num_steps)
+        if getattr(scheduler, "order", 1) == 2 and any(row % 2 for row in self._plain_router.cached_steps):
+            logger.warning(
+                f"{type(scheduler).__name__} makes two evaluations a step, and reuse within a step spoils its second "
+                f"order (paper, Table 6). Give the router `cached_steps` 2, 4, ..., got "
+                f"{self._plain_router.cached_steps}."
+            )
         self.denoiser = denoiser.requires_grad_(False).eval()  # last: what was refused above is left as it was
         self.router = router
         self.regularization = regularization
@@ -121,7 +135,10 @@ class LearnedCacheTrainer:
     def sample_step(self, generator: torch.Generator | None = None) -> int:
         """A cached row, uniformly drawn. On several processes give equal generators: all train the same row."""
         rows = self._plain_router.cached_steps
-        return rows[int(torch.randint(len(rows), (), generator=generator))]
+        if not rows:
+            raise ValueError("The router has no `cached_steps`, so there is no row to train.")
+        device = None if generator is None else generator.device
+        return rows[int(torch.randint(len(rows), (), generator=generator, device=device))]
 
     def loss(
         self,
@@ -285,21 +302,21 @@ class LearnedCacheTrainer:
             raise ValueError(f"`computed` must lie in [0, 1], got {computed}.")
         if self.regularization == 0:
             raise ValueError("`regularization` is 0 and cannot be steered; begin with a small positive value.")
-        table = self._plain_router.schedule()[self._plain_router.cached_steps]
+        table = self._plain_router.schedule(self.ste_threshold)[self._plain_router.cached_steps]
         missed = (float(table.float().mean()) - computed) * table.shape[1]
         self.regularization *= math.exp(rate * missed)
         return self.regularization
 
     def detach(self) -> None:
-        """Remove the hooks from the denoiser. The trainer cannot be used afterwards."""
+        """Remove the hooks from the denoiser. The trainer cannot be used afterwards, nor a loss's gradient taken."""
         self._mixer.detach()
 
     def _betas(self, scores: Tensor) -> Tensor:
         return scores if self.ste_threshold is None else straight_through(scores, self.ste_threshold)
 
     def _table(self) -> list[list[bool]]:
-        """The router's present table, (N, M)."""
-        return self._plain_router.schedule().tolist()
+        """The router's present table, (N, M), by the threshold that its scores are trained with."""
+        return self._plain_router.schedule(self.ste_threshold).tolist()
 
     def _full_row_before(self, row: int) -> int | None:
         return next((r for r in range(row - 1, -1, -1) if r not in self._cached_rows), None)
@@ -322,7 +339,7 @@ class LearnedCacheTrainer:
             first = last_full if earlier is None else earlier
         first -= first % getattr(scheduler, "order", 1)  # a solver of two evaluations a step begins with the first
         if noise is None:
-            noise = torch.randn(sample.shape, generator=generator, dtype=sample.dtype).to(sample.device)
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
         state = add_noise(scheduler, sample, noise, _expand(self.timesteps[first], sample))
         table = self._table()
         for row in range(first, step):
@@ -394,19 +411,8 @@ class LearnedCacheTrainer:
         timestep = timestep * self.timestep_scale
         if self.guidance_scale is None:
             return _first(self.denoiser(sample, timestep=_expand(timestep, sample), **denoiser_kwargs))
-        missing = [k for k, v in denoiser_kwargs.items() if isinstance(v, Tensor) and k not in self.null_kwargs]
-        if missing:
-            raise ValueError(f"`null_kwargs` must hold the null condition of every condition, {missing} is missing.")
-        wrong = [k for k, v in denoiser_kwargs.items() if isinstance(v, Tensor) and len(self.null_kwargs[k]) != len(v)]
-        if wrong:
-            raise ValueError(
-                f"`null_kwargs` must have the batch size of the data, {len(sample)}; {wrong} have another."
-            )
         both = torch.cat([sample, sample])
-        conditions = {
-            name: torch.cat([value, self.null_kwargs[name]]) if isinstance(value, Tensor) else value
-            for name, value in denoiser_kwargs.items()
-        }
+        conditions = with_null(denoiser_kwargs, self.null_kwargs, len(sample))
         output = _first(self.denoiser(both, timestep=_expand(timestep, both), **conditions))
         conditional, null = output.chunk(2)
         channels = sample.shape[1]

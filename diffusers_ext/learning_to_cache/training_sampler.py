@@ -24,11 +24,19 @@ def fresh_scheduler(scheduler: Any, num_steps: int) -> Any:
         )
     fresh = copy.deepcopy(scheduler)
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        fresh._step_index = fresh._begin_index = None  # it has no other state, and its grid may depend on the image
+        # It has no other state, and its grid may depend on the image. A pipeline may have left it on its device.
+        fresh._step_index = fresh._begin_index = None
+        fresh.timesteps, fresh.sigmas = fresh.timesteps.cpu(), fresh.sigmas.cpu()
     else:
-        fresh.set_timesteps(scheduler.num_inference_steps)
-        if not torch.equal(fresh.timesteps.cpu(), scheduler.timesteps.cpu()):
-            fresh.set_timesteps(timesteps=scheduler.timesteps.tolist())
+        try:
+            fresh.set_timesteps(scheduler.num_inference_steps)
+            if not torch.equal(fresh.timesteps.cpu(), scheduler.timesteps.cpu()):
+                fresh.set_timesteps(timesteps=scheduler.timesteps.tolist())
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`scheduler` {type(scheduler).__name__} cannot be put on its grid of {num_steps} timesteps again, "
+                f"which training needs: {error}"
+            ) from error
     _check_deterministic(fresh)
     return fresh
 

@@ -53,14 +53,12 @@ from resumable import check_arguments, path_or_hub_id, resume, save_state, write
 
 logger = logging.getLogger(__name__)
 
-# These change when training stops and what is done with the router, not what is learned.
+# These change what is done with the router, not what is learned.
 NOT_LEARNED_FROM = {
     "base_model",
     "checkpointing_steps",
-    "iterations",
     "output_dir",
     "push_to_hub",
-    "threshold",
     "work_dir",
 }
 
@@ -102,6 +100,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--push_to_hub", metavar="REPO_ID", default=None)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.num_steps < 2:
+        parser.error(f"--num_steps must be at least 2, got {args.num_steps}")
+    if args.period < 2:
+        parser.error(f"--period must be at least 2, got {args.period}")
+    lowest = -(-args.num_steps // args.period) / args.num_steps
+    if args.compute is not None and not lowest <= args.compute <= 1:
+        parser.error(
+            f"--compute must lie in {lowest:g}..1 for --num_steps {args.num_steps} and --period {args.period}, "
+            f"whose full evaluations alone are {lowest:.0%}; got {args.compute:g}"
+        )
     name = f"{Path(args.base).name}-router"
     demo = args.base == parser.get_default("base")
     args.output_dir = args.output_dir or (checkpoints / name if demo else Path(name))
@@ -122,6 +130,8 @@ def latent_arguments(args: argparse.Namespace) -> dict[str, Any]:
 def training_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """All that the router's logits depend on at a given iteration."""
     learned_from = {name: value for name, value in vars(args).items() if name not in NOT_LEARNED_FROM}
+    if args.data_dir is not None:
+        del learned_from["iterations"]  # only when training stops; without data the learning rate falls with them
     return {**learned_from, **latent_arguments(args)}
 
 
@@ -330,7 +340,7 @@ def main() -> None:
         compute_loss = loss_of_runs(args, trainer, class_ids, null_class)
     share_of_pairs = None
     if args.compute is not None:
-        share_of_pairs = max(0.0, 1 - (1 - args.compute) * args.num_steps / len(cached_steps))
+        share_of_pairs = max(0.0, 1 - (1 - args.compute) * args.num_steps / len(cached_steps))  # 0 up to rounding
     progress = tqdm(
         range(start, args.iterations), initial=start, total=args.iterations, disable=not accelerator.is_main_process
     )

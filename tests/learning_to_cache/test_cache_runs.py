@@ -8,6 +8,7 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
 )
@@ -17,7 +18,7 @@ from diffusers_ext.hooks import attachment
 from diffusers_ext.learning_to_cache import cache as cache_module
 from diffusers_ext.learning_to_cache import learned_cache_stats, list_units
 from diffusers_ext.learning_to_cache.cache import LearnedCache
-from diffusers_ext.learning_to_cache.sampler_watch import rows_at
+from diffusers_ext.learning_to_cache.sampler_watch import grid_of_calls, rows_at
 from tests.learning_to_cache.dit_reference import call, random_inputs
 from tests.tiny_checkpoints import TINY_PIPELINES
 
@@ -217,12 +218,47 @@ def test_a_second_pipeline_around_the_same_denoiser_works(pipe):
         assert np.array_equal(draw(pipe), expected)
 
 
+@pytest.mark.parametrize("shift", [1.0, 6.0])
+@pytest.mark.parametrize("counted_up", [False, True])
+def test_every_run_follows_the_table_where_the_pipeline_rescales_time(pipe, labels, shift, counted_up):
+    """Timesteps t / 1000 as Flux gives them, or 1 - t / 1000 as Lumina does, which ascend."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    pipe.scheduler = scheduler
+    apply_learned_cache(pipe, table(pipe.transformer))
+    first = None
+    for _ in range(3):
+        scheduler.set_timesteps(ROWS, device="cpu")
+        times = [1 - t / 1000 if counted_up else t / 1000 for t in scheduler.timesteps]
+        inputs = [(torch.ones(2, 4, 8, 8), t.expand(2)) for t in times]
+        outputs = call(pipe.transformer, inputs, labels)
+        first = outputs if first is None else first
+        assert all(torch.equal(a, b) for a, b in zip(outputs, first, strict=True))
+    stats = learned_cache_stats(pipe)
+    assert (stats.runs, stats.evaluations, stats.full_evaluations) == (3, 3 * ROWS, 0)
+    assert stats.reused == 3 * 3 * 4
+
+
+def test_a_grid_met_by_accident_in_the_middle_of_a_run_is_not_adopted(pipe, labels):
+    """A denoiser that is told another function of time (Cosmos), whose values cross the scheduler's."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe.scheduler = scheduler
+    apply_learned_cache(pipe, table(pipe.transformer))
+    for _ in range(2):
+        scheduler.set_timesteps(ROWS)
+        times = [900.0, scheduler.timesteps[4].item(), 300.0, scheduler.timesteps[5].item() / 2, 0.4, 0.25]
+        times = sorted(times, reverse=True)
+        inputs = [(torch.randn(2, 4, 8, 8), torch.tensor([t, t])) for t in times]
+        call(pipe.transformer, inputs, labels)
+    stats = learned_cache_stats(pipe)
+    assert (stats.runs, stats.evaluations, stats.full_evaluations) == (2, 2 * ROWS, 0)
+
+
 def test_rows_are_found_on_rounded_and_scaled_timesteps():
     grid = [999.0, 749.0, 500.0, 250.0, 0.0]
     for row, t in enumerate(grid):
         assert rows_at(grid, t) == [row]
         assert rows_at(grid, float(torch.tensor(t).bfloat16())) == [row]
-        assert rows_at(grid, t / 1000) == [row]
+        assert grid_of_calls(grid, t / 1000, row, 1000.0)[row] == t / 1000
     assert rows_at(grid, 400.0) == []
 
 

@@ -27,7 +27,7 @@ def test_only_what_the_next_row_reuses_counts_as_stored():
     assert stats.stored_per_row == (3, 0, 1, 0, 0)
     assert stats.stored_fraction == pytest.approx(4 / 20)
     # To extrapolate, two outputs of a unit are needed where it is reused next, one where it is reused after that.
-    assert schedule_stats(SCHEDULE, UNITS, [1, 3], reuse="linear").stored_per_row == (6, 1, 2, 0, 0)
+    assert schedule_stats(SCHEDULE, UNITS, [1, 3], reuse="linear").stored_per_row == (3, 1, 2, 0, 0)
 
 
 def test_the_dit_20_pattern_stores_less_than_a_cache_that_keeps_everything():

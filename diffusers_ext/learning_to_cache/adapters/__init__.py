@@ -98,6 +98,8 @@ def list_units(denoiser: torch.nn.Module) -> list[str]:
     Raises:
         ValueError: a block has no adapter or cannot be cached.
     """
+    if not isinstance(denoiser, torch.nn.Module):
+        raise TypeError(f"`denoiser` must be a torch.nn.Module, got {type(denoiser).__name__}.")
     names = []
     for block_name, block in iterate_blocks(denoiser):
         names += [f"{block_name}.{unit}" for unit in find_unit_adapter(block).units(block)]
