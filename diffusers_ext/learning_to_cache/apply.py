@@ -180,12 +180,6 @@ def find_caches(denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline) -> li
 
 def _check_denoiser(denoiser: torch.nn.Module) -> None:
     name = type(denoiser).__name__
-    parameters = inspect.signature(type(denoiser).forward).parameters
-    for wanted in (SAMPLE_ARGUMENTS, TIME_ARGUMENTS):
-        if not any(argument in parameters for argument in wanted):
-            raise ValueError(
-                f"{name} takes {list(parameters)[1:]}; a learned cache needs an argument called one of {list(wanted)}."
-            )
     if find_hook(denoiser, HOOK_NAME) is not None:
         raise ValueError(f"A learned cache is already applied to this {name}; call `remove_learned_cache` first.")
     if next(attached_hooks(denoiser, TRAINER_HOOK_NAME), None) is not None:
@@ -237,6 +231,7 @@ def _make_hooks(
     sampler: str | None,
 ) -> list[tuple[torch.nn.Module, Any]]:
     blocks = list(iterate_blocks(denoiser))
+    _check_arguments(denoiser)
     adapters = [find_unit_adapter(block) for _, block in blocks]
     units = [adapter.units(block) for adapter, (_, block) in zip(adapters, blocks, strict=True)]
     present = [f"{name}.{unit}" for (name, _), names in zip(blocks, units, strict=True) for unit in names]
@@ -257,6 +252,16 @@ def _make_hooks(
     for index, ((_, block), forward) in enumerate(zip(blocks, forwards, strict=True)):
         pairs.append((block, BlockHook(cache, index, forward)))
     return pairs
+
+
+def _check_arguments(denoiser: torch.nn.Module) -> None:
+    name = type(denoiser).__name__
+    parameters = inspect.signature(type(denoiser).forward).parameters
+    for wanted in (SAMPLE_ARGUMENTS, TIME_ARGUMENTS):
+        if not any(argument in parameters for argument in wanted):
+            raise ValueError(
+                f"{name} takes {list(parameters)[1:]}; a learned cache needs an argument called one of {list(wanted)}."
+            )
 
 
 def _check_units(unit_names: list[str], present: list[str], denoiser: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
+from .modulation import zero_modulation
 from .unit_adapter import Features, Plan, UnitAdapter, add_gated, refuse_chunked_feed_forward, unit_output
 
 
@@ -47,9 +48,9 @@ def block_forward(
     attention_kwargs = dict(cross_attention_kwargs or {})
     attention_kwargs.pop("gligen", None)
     if block.norm_type == "ada_norm_zero":
-        modulation = block.norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
-        modulation = block.norm1.linear(block.norm1.silu(modulation))[:, None]  # (batch, 1, 6 * width)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        embedding = block.norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
+        parts = zero_modulation(block.norm1.linear, block.norm1.silu(embedding), plan)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts  # (batch, 1, width) each
         norm1, norm_ff = block.norm1.norm, block.norm3
     else:
         modulation = block.scale_shift_table[None] + timestep.reshape(hidden_states.shape[0], 6, -1)
