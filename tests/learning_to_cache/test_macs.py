@@ -25,7 +25,9 @@ def test_units_and_denoiser_cost_what_their_matrices_multiply(transformer, batch
     assert list(macs) == [*list_units(transformer), ""]
     attention = batch * (4 * width**2 * tokens + 2 * tokens**2 * width)
     feed_forward = batch * 8 * width**2 * tokens
-    assert [macs[name] for name in list_units(transformer)] == [attention, feed_forward] * 3
+    own_modulation = batch * 2 * width**2  # shift and scale, which only this unit wants
+    expected = [attention + own_modulation, feed_forward + own_modulation] * 3
+    assert [macs[name] for name in list_units(transformer)] == expected
     patches = batch * tokens * (4 * 2 * 2) * width
     embedder = batch * (256 * width + width**2)  # in each block, and once more before the head
     modulation = 3 * batch * 6 * width**2
@@ -38,7 +40,9 @@ def test_dit_xl_2_costs_what_the_paper_says_without_computing_anything():
         model = DiTTransformer2DModel(num_layers=28, sample_size=32, out_channels=8)
     macs = count_macs(model, **dit_call(1, size=32, device="meta"))
     inside_attention = 28 * 2 * 256**2 * 1152
-    assert sum(macs[name] for name in list_units(model)) == 28 * 12 * 1152**2 * 256 + inside_attention
+    own_modulation = 28 * 2 * 2 * 1152**2
+    units = 28 * 12 * 1152**2 * 256 + inside_attention + own_modulation
+    assert sum(macs[name] for name in list_units(model)) == units
     # The paper has 5.72 T at 50 evaluations, without what is inside the attention kernel; and each block of diffusers
     # embeds time and class anew.
     assert 50 * (macs[""] - inside_attention - 28 * (256 * 1152 + 1152**2)) == pytest.approx(5.72e12, rel=1e-3)

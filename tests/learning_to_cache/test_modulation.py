@@ -18,20 +18,28 @@ def embedding():
     return torch.randn(3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("plan", [(True, True), (True, False), (False, True), (torch.tensor(0.0), torch.tensor(0.0))])
-def test_what_a_computed_or_mixed_unit_needs_is_there_bit_for_bit(linear, embedding, plan):
+MIXED = (torch.tensor(0.0), torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("plan", [(True, True), MIXED])
+def test_what_computed_and_mixed_units_need_is_there_bit_for_bit(linear, embedding, plan):
     expected = linear(embedding)[:, None].chunk(6, dim=-1)
     got = zero_modulation(linear, embedding, plan)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_where_both_are_reused_only_the_gates_are_computed(linear, embedding):
+@pytest.mark.parametrize("plan", [(False, False), (True, False), (False, True)])
+def test_of_a_reused_unit_only_the_gate_is_computed(linear, embedding, plan):
     expected = linear(embedding)[:, None].chunk(6, dim=-1)
-    linear.weight.data[[*range(16), *range(24, 40)]] = float("nan")
-    got = zero_modulation(linear, embedding, (False, False))
-    assert [part is None for part in got] == [True, True, False, True, True, False]
-    torch.testing.assert_close(got[2], expected[2], rtol=0, atol=1e-14)
-    torch.testing.assert_close(got[5], expected[5], rtol=0, atol=1e-14)
+    wanted = [plan[0], plan[0], True, plan[1], plan[1], True]
+    for part, is_wanted in enumerate(wanted):
+        if not is_wanted:
+            linear.weight.data[8 * part : 8 * part + 8] = float("nan")
+    got = zero_modulation(linear, embedding, plan)
+    assert [part is not None for part in got] == wanted
+    for part, value in zip(got, expected, strict=True):
+        if part is not None:
+            torch.testing.assert_close(part, value, rtol=0, atol=1e-14)
 
 
 def test_a_projection_that_others_have_changed_is_called(linear, embedding):

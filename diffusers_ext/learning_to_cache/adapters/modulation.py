@@ -28,21 +28,26 @@ def modulate(normalized: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def zero_modulation(linear: torch.nn.Module, embedding: Tensor, plan: Plan) -> tuple[Tensor | None, ...]:
     """DiT's shift, scale and gate of attention and of feed-forward, (batch, 1, width) each.
 
-    Where both are reused only their gates are wanted, so only these rows of the projection are computed: next to
-    attention over few tokens it is no small part of what a reused block still costs.
+    A unit that is reused wants its gate only, so its shift and scale, None then, are not projected: next to attention
+    over few tokens they are no small part of what a reused block still costs.
 
     Args:
         linear: from an embedding to the six.
         embedding: (batch, width).
         plan: of the two units.
     """
-    if all(beta is False for beta in plan) and _is_plain(linear):
-        _, _, gate_msa, _, _, gate_mlp = linear.weight.chunk(6)
-        biases = (None,) * 6 if linear.bias is None else linear.bias.chunk(6)
-        attention = torch.nn.functional.linear(embedding, gate_msa, biases[2])[:, None]
-        feed_forward = torch.nn.functional.linear(embedding, gate_mlp, biases[5])[:, None]
-        return None, None, attention, None, None, feed_forward
-    return linear(embedding)[:, None].chunk(6, dim=-1)
+    if not any(beta is False for beta in plan) or not _is_plain(linear):
+        return linear(embedding)[:, None].chunk(6, dim=-1)
+    weights = linear.weight.chunk(2)
+    biases = (None, None) if linear.bias is None else linear.bias.chunk(2)
+    parts: list[Tensor | None] = []
+    for beta, weight, bias in zip(plan, weights, biases, strict=True):
+        if beta is False:
+            gate_bias = None if bias is None else bias.chunk(3)[2]
+            parts += [None, None, torch.nn.functional.linear(embedding, weight.chunk(3)[2], gate_bias)[:, None]]
+        else:
+            parts += torch.nn.functional.linear(embedding, weight, bias)[:, None].chunk(3, dim=-1)
+    return tuple(parts)
 
 
 def _is_plain(linear: torch.nn.Module) -> bool:
