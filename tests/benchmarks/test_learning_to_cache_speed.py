@@ -31,12 +31,13 @@ def small_units(monkeypatch):
 
 def test_macs_are_those_of_the_linear_layers_and_the_attention_products(model, small_units):
     rows, tokens, width = 2, 16, 16  # one image and its unconditional half
-    adaln = rows * (256 * width + width * width + 6 * width * width)
-    attention = rows * (4 * tokens * width * width + 2 * tokens * tokens * width)
-    feed_forward = rows * tokens * 8 * width * width
+    gates = rows * (256 * width + width * width + 2 * width * width)  # with what they come from
+    shift_and_scale = rows * 2 * width * width
+    attention = rows * (4 * tokens * width * width + 2 * tokens * tokens * width) + shift_and_scale
+    feed_forward = rows * tokens * 8 * width * width + shift_and_scale
     patches = rows * tokens * 4 * 4 * width
     head = rows * (256 * width + width * width + 2 * width * width + tokens * width * 4 * 8)
-    rest = patches + 2 * adaln + head
+    rest = patches + 2 * gates + head
     full = rest + 2 * (attention + feed_forward)
     assert speed.macs_by_row(model) == [full] * STEPS
 
