@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from ..hooks import find_hook
+from ..hooks import attached_hooks, find_hook
 from ..hooks._compat import unwrap_module
 from .adapters import list_units
 from .cache import HOOK_NAME, TRAINER_HOOK_NAME
@@ -38,6 +38,15 @@ class LearnedCacheTrainer:
         optimizer.zero_grad()
         trainer.clamp_()
     trainer.detach()
+    ```
+
+    Without data, at a cost that you choose:
+
+    ```python
+    for noise, labels in draws:
+        trainer.loss_of_run(noise, class_labels=labels).total.backward()
+        ...
+        trainer.steer_(0.3)
     ```
 
     The denoiser is frozen and put in evaluation mode, and carries hooks until `detach`. Per call of `loss` one row of
@@ -100,7 +109,7 @@ class LearnedCacheTrainer:
             raise ValueError("`guidance_scale` and `null_kwargs` go together: give both or neither.")
         if find_hook(denoiser, HOOK_NAME) is not None:
             raise ValueError("A learned cache is applied to the denoiser; call `remove_learned_cache` first.")
-        if find_hook(denoiser, TRAINER_HOOK_NAME) is not None:
+        if next(attached_hooks(denoiser, TRAINER_HOOK_NAME), None) is not None:
             raise ValueError("Another trainer is on the denoiser; call its `detach` first.")
         units = list_units(denoiser)
         if self._plain_router.unit_names != units:

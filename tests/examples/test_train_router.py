@@ -1,6 +1,7 @@
 """The router training script: resume, several processes, and the artefact."""
 
 import re
+import runpy
 import shutil
 
 import pytest
@@ -115,3 +116,19 @@ def test_a_folder_of_images_can_be_the_data(images, tmp_path):
     run_script(SCRIPT, *SHORT, *plain, *options, folder=tmp_path)
     assert (tmp_path / "router" / "README.md").exists()
     assert not list(ROOT.glob("runs/router*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--compute", "0.4"), "--compute must lie in 0.5..1 .* got 0.4"),
+        (("--compute", "1.2"), "--compute must lie in 0.5..1 .* got 1.2"),
+        (("--period", "1"), "--period must be at least 2, got 1"),
+        (("--num_steps", "1"), "--num_steps must be at least 2, got 1"),
+    ],
+)
+def test_costs_that_cannot_be_are_refused_before_any_work(options, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train_router.py", *options])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / SCRIPT))["parse_args"]()
+    assert re.search(message, capsys.readouterr().err)

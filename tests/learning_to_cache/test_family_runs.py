@@ -1,6 +1,7 @@
 """Rows in the pipelines of every family: contexts, two denoisers, timesteps per token or on another scale."""
 
 import copy
+import dataclasses
 
 import diffusers
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 import torch
 
 from diffusers_ext import LearnedCacheConfig, apply_learned_cache, remove_learned_cache
+from diffusers_ext.hooks import find_hook
 from diffusers_ext.learning_to_cache import learned_cache_stats, list_units
+from diffusers_ext.learning_to_cache.cache import HOOK_NAME
 from tests.learning_to_cache.families import build, call_all, make_run, unit_modules
 from tests.tiny_checkpoints import TINY_PIPELINES
 
@@ -111,6 +114,24 @@ def test_each_transformer_of_wan22_follows_the_rows_that_it_sees(wan22, cached_r
     assert learned_cache_stats(wan22).reasons == full
     remove_learned_cache(wan22)
     assert np.array_equal(sample(wan22, "wan"), plain)
+
+
+@pytest.mark.parametrize("reuse", ["hold", "linear"])
+def test_a_transformer_whose_part_of_the_run_is_over_holds_no_outputs(wan22, reuse):
+    """Its last row stores for a row that the other transformer computes."""
+    table = make_table(wan22.transformer, [1, 2, 3, 4, 5])
+    apply_learned_cache(wan22, dataclasses.replace(table, reuse=reuse))
+    first, second = (find_hook(model, HOOK_NAME).cache for model in (wan22.transformer, wan22.transformer_2))
+    held = []
+    wan22.transformer_2.register_forward_pre_hook(lambda *args: held.append(stored_by(first)))
+    sample(wan22, "wan")
+    assert held[0] > 0  # the hook of the test runs before the cache's
+    assert held[1:] and not any(held[1:]) and stored_by(second) == 0
+
+
+def stored_by(cache):
+    states = cache.states._state_cache.values()
+    return sum(len(history) for state in states for unit in state.features.values() for history in unit)
 
 
 @pytest.mark.parametrize("name", ["flux", "wan, timestep per token"])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from diffusers_ext import LearnedCacheRouter
+from diffusers_ext import LearnedCacheConfig, LearnedCacheRouter, apply_learned_cache, remove_learned_cache
 from diffusers_ext.hub import validate_model_card
 from diffusers_ext.learning_to_cache import list_units
 
@@ -129,3 +129,23 @@ def test_pickled_weights_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="only safetensors"):
         LearnedCacheRouter(4, ["a"]).save_pretrained(tmp_path, safe_serialization=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_resampled_router_keeps_its_solvers_rows(transformer):
+    """Solvers of two evaluations a step reuse at 2, 4, ..., N - 2."""
+    router = LearnedCacheRouter.for_denoiser(transformer, 20, cached_steps=list(range(2, 19, 2)))
+    with pytest.warns(UserWarning, match="resampled to 10"):
+        assert router.resample(10).cached_steps == [2, 4, 6, 8]
+    with pytest.warns(UserWarning, match="resampled to 10"):
+        assert router.resample(10, [3]).cached_steps == [3]
+
+
+def test_a_router_remembers_what_reuse_it_was_trained_for(transformer, messages):
+    router = LearnedCacheRouter.for_denoiser(transformer, 6, reuse="linear")
+    apply_learned_cache(transformer, LearnedCacheConfig(router=router))
+    assert any('trained for reuse="linear", but `reuse` is "hold"' in message for message in messages())
+    remove_learned_cache(transformer)
+    apply_learned_cache(transformer, LearnedCacheConfig(router=router, reuse="linear"))
+    assert messages() == []
+    with pytest.raises(ValueError, match="`reuse` must be 'hold' or 'linear', got 'cubic'"):
+        LearnedCacheRouter(6, ["a"], reuse="cubic")

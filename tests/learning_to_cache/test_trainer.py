@@ -6,6 +6,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestral
 
 from diffusers_ext import LearnedCacheConfig, LearnedCacheRouter, apply_learned_cache
 from diffusers_ext.learning_to_cache import LearnedCacheTrainer, RespacedDDIMScheduler
+from diffusers_ext.learning_to_cache.objective import with_null
 from tests.learning_to_cache.dit_reference import call, random_inputs, reference_run
 
 
@@ -295,6 +296,9 @@ def test_bad_arguments_are_refused(transformer, router, scheduler, data):
         trainer.loss(step=2, **data)
     with pytest.raises(ValueError, match="`computed` must lie in .*1.5"):
         trainer.steer_(1.5)
+    with pytest.raises(ValueError, match="Another trainer.*`detach`"):
+        LearnedCacheTrainer(transformer, router, scheduler, reuse="linear")
+    assert router.config.reuse == "hold"
     trainer.regularization = 0
     with pytest.raises(ValueError, match="`regularization` is 0"):
         trainer.steer_(0.5)
@@ -340,3 +344,31 @@ def test_rows_are_weighed_by_what_their_reuse_does_to_the_final_sample(transform
     for row in (1, 3, 5):
         changed, distance = run(row)
         torch.testing.assert_close(weights[row], ((changed - full) ** 2).mean() / distance, rtol=1e-4, atol=0)
+
+
+def test_a_threshold_of_training_decides_what_counts_as_computed(transformer, scheduler, data):
+    """Scores between the router's own threshold, 0.1, and that of training."""
+    router = LearnedCacheRouter.for_denoiser(transformer, ROWS, threshold=0.1).double()
+    with torch.no_grad():
+        router.logits.fill_(-1.0)
+    trainer = LearnedCacheTrainer(transformer, router, scheduler, ste_threshold=0.5, regularization=1.0)
+    assert trainer.steer_(0.5, rate=1.0) < 1.0  # nothing is computed, more is wanted
+    trainer.detach()
+    trainer = LearnedCacheTrainer(transformer, router, scheduler, regularization=1.0)
+    assert trainer.steer_(0.5, rate=1.0) > 1.0
+
+
+def test_conditions_that_are_not_per_sample_and_dictionaries_serve_both_branches():
+    ids, labels, null = torch.zeros(7, 3), torch.tensor([1, 2]), torch.tensor([9, 9])
+    conditions = {
+        "labels": labels,
+        "ids": ids,
+        "more": {"size": torch.tensor([[4], [5]]), "ratio": None},
+        "flag": True,
+    }
+    both = with_null(conditions, {"labels": null}, batch=2)
+    assert both["labels"].tolist() == [1, 2, 9, 9]
+    assert both["ids"] is ids and both["flag"] is True
+    assert both["more"]["size"].flatten().tolist() == [4, 5, 4, 5] and both["more"]["ratio"] is None
+    with pytest.raises(ValueError, match=r"`null_kwargs` holds \['label'\]"):
+        with_null(conditions, {"labels": null, "label": null}, batch=2)

@@ -292,3 +292,12 @@ def test_the_price_moves_by_the_missed_units_of_a_row(transformer, scheduler):
     trainer = LearnedCacheTrainer(transformer, router, scheduler, regularization=1e-3)
     assert trainer.steer_(0.5, rate=0.1) == pytest.approx(1e-3 * math.exp(0.1 * (2 - 3)))
     assert trainer.regularization == pytest.approx(1e-3 * math.exp(-0.1))
+
+
+def test_reuse_within_a_step_of_two_evaluations_is_warned_of(transformer, messages):
+    scheduler = HeunDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    for cached_steps, warned in (([1, 3], True), ([2, 4], False)):
+        router = LearnedCacheRouter.for_denoiser(transformer, 7, cached_steps=cached_steps).double()
+        LearnedCacheTrainer(transformer, router, scheduler).detach()
+        assert any("two evaluations a step" in message for message in messages()) == warned
