@@ -173,7 +173,7 @@ def curves(
         x: what is on the x axis.
         logarithmic: panels whose y axis is.
     """
-    figure = Figure(figsize=(4.8 * len(panels), 4), layout="constrained")
+    figure = Figure(figsize=(4.8 * len(panels) + 2, 4), layout="constrained")
     families = list(dict.fromkeys(family for series in panels.values() for family in series))
     for axes, (label, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for family, points in series.items():
@@ -182,7 +182,8 @@ def curves(
             axes.plot(*zip(*sorted(points), strict=True), label=family, **style)
         axes.set(xlabel=x, ylabel=label, yscale="log" if label in logarithmic else "linear")
         axes.grid(alpha=0.3)
-    figure.axes[0].legend()
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside right center")
     return figure
 
 
