@@ -133,7 +133,7 @@ def main() -> None:
                 lambda way=way, seed=seed, full=full: quality(pipe, way, images, seed, judge, full()),
             )
             found[way.key].append(result)
-    timings = measure_time(out, pipe, ways, rounds=3 if out.short else 21)
+    timings = measure_time(out, pipe, ways, rounds=3 if out.short else 11)
     judged = [summary(way, found[way.key], timings) for way in ways]
     report(out, judged, len(seeds), images)
     out.finish(packages=("cache-dit",))
