@@ -23,9 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -39,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # examples/
 
 from digits import CLASS_NAMES, IMAGE_SIZE, DigitClassifier, load_digit_images, move_and_turn  # noqa: E402
-from resumable import resume, save_state  # noqa: E402
+from ema_training import new_accelerator, one_cycle, step_generator, train_loop  # noqa: E402
 
 
 logger = get_logger(__name__)
@@ -87,52 +86,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
-    """One generator a step: a resumed run draws what an uninterrupted one draws."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
-
-
-def train_loop(accelerator, name, model, optimizer, lr_scheduler, ema, num_steps, args, compute_loss) -> None:
-    """Runs `compute_loss(model, step)` for `num_steps`, resuming from and writing to `work_dir/<name>`."""
-    folder = args.work_dir / name
-    model, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(lr_scheduler, ema)
-    start = resume(accelerator, folder, num_steps, {option: getattr(args, option) for option in STAGE_ARGUMENTS[name]})
-    if start:
-        logger.info("%s: resumed at step %d", name, start)
-    ema.to(accelerator.device)  # not before: loading puts the averages on the CPU
-    progress = tqdm(
-        range(start, num_steps), initial=start, total=num_steps, desc=name, disable=not accelerator.is_main_process
-    )
-    average = None
-    for step in progress:
-        loss = compute_loss(model, step)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        ema.step(accelerator.unwrap_model(model).parameters())
-        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        progress.set_postfix(loss=f"{average:.4f}", refresh=False)
-        if (step + 1) % args.checkpointing_steps == 0 or step + 1 == num_steps:
-            save_state(accelerator, folder, step + 1)
-            logger.info("%s: step %d, loss %.4f", name, step + 1, average)
-    ema.copy_to(accelerator.unwrap_model(model).parameters())
-
-
-def one_cycle(optimizer, peak: float, steps: int):
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peak, total_steps=steps + 1, pct_start=0.1)
-
-
-def new_accelerator(args) -> Accelerator:
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=args.mixed_precision,
-        project_config=ProjectConfiguration(project_dir=str(args.work_dir)),
-    )
-
-
 class Reconstruction(nn.Module):
     """The autoencoder's pass in training, as one `forward`: wrappers for several processes see nothing else."""
 
@@ -149,7 +102,7 @@ class Reconstruction(nn.Module):
 
 
 def train_vae(args, images: torch.Tensor) -> AutoencoderKL:
-    accelerator = new_accelerator(args)
+    accelerator = new_accelerator(args.work_dir, args.mixed_precision)
     set_seed(args.seed)
     vae = AutoencoderKL(
         in_channels=1,
@@ -176,7 +129,18 @@ def train_vae(args, images: torch.Tensor) -> AutoencoderKL:
         return F.mse_loss(reconstruction.float(), batch) + args.kl_weight * kl
 
     model = Reconstruction(vae)
-    train_loop(accelerator, "vae", model, optimizer, lr_scheduler, ema, args.vae_steps, args, compute_loss)
+    train_loop(
+        accelerator,
+        args.work_dir / "vae",
+        model,
+        optimizer,
+        lr_scheduler,
+        ema,
+        compute_loss,
+        num_steps=args.vae_steps,
+        checkpointing_steps=args.checkpointing_steps,
+        arguments={option: getattr(args, option) for option in STAGE_ARGUMENTS["vae"]},
+    )
     accelerator.free_memory()
     return vae.cpu().eval()
 
@@ -187,7 +151,7 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 
 
 def train_dit(args, latents: torch.Tensor, labels: torch.Tensor) -> DiTTransformer2DModel:
-    accelerator = new_accelerator(args)
+    accelerator = new_accelerator(args.work_dir, args.mixed_precision)
     set_seed(args.seed)
     transformer = DiTTransformer2DModel(
         num_attention_heads=6,
@@ -231,7 +195,18 @@ def train_dit(args, latents: torch.Tensor, labels: torch.Tensor) -> DiTTransform
         output = model(noisy, timestep=timestep.to(accelerator.device), class_labels=class_labels).sample
         return F.mse_loss(output.float(), noise.to(accelerator.device))
 
-    train_loop(accelerator, "dit", transformer, optimizer, lr_scheduler, ema, args.dit_steps, args, compute_loss)
+    train_loop(
+        accelerator,
+        args.work_dir / "dit",
+        transformer,
+        optimizer,
+        lr_scheduler,
+        ema,
+        compute_loss,
+        num_steps=args.dit_steps,
+        checkpointing_steps=args.checkpointing_steps,
+        arguments={option: getattr(args, option) for option in STAGE_ARGUMENTS["dit"]},
+    )
     accelerator.free_memory()
     return accelerator.unwrap_model(transformer).cpu().eval()
 
@@ -260,7 +235,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
-    accelerator = new_accelerator(args)
+    accelerator = new_accelerator(args.work_dir, args.mixed_precision)
     images, labels = load_digit_images()
     vae = train_vae(args, images)
     generator = step_generator(args.seed, 0, 0)

@@ -8,6 +8,14 @@ import diffusers
 import torch
 
 from .calls import NEGATIVE_PROMPT, PROMPT, random_image, sampling_call, text_call
+from .denoisers import (
+    dit_transformer,
+    flux_transformer,
+    pixart_transformer,
+    sd3_transformer,
+    sdxl_inpaint_unet,
+    x4_upscaler_unet,
+)
 from .parameters import deterministic
 from .parts import (
     SD_UNET,
@@ -34,20 +42,10 @@ DIT_LABELS = ("apple", "boat", "cat", "dog", "egg", "fish", "goat", "hat", "ice"
 
 @deterministic
 def dit() -> diffusers.DiTPipeline:
-    """DiT with learned sigma. The pipeline's null class is 1000 whatever the labels, hence the thousand classes."""
+    """DiT: class labels instead of prompts."""
     id2label = {str(index): label for index, label in enumerate(DIT_LABELS)}
     pipeline = diffusers.DiTPipeline(
-        transformer=diffusers.DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=8,
-            in_channels=4,
-            out_channels=8,
-            num_layers=3,
-            sample_size=8,
-            patch_size=2,
-            num_embeds_ada_norm=1000,
-            norm_eps=1e-6,
-        ),
+        transformer=dit_transformer(),
         vae=image_vae(),
         scheduler=diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False),
         id2label={int(index): label for index, label in id2label.items()},
@@ -94,21 +92,7 @@ def sd3() -> diffusers.StableDiffusion3Pipeline:
         text_encoder=clip_text_encoder(tokenizer, width, projection=True),
         text_encoder_2=clip_text_encoder(tokenizer_2, width, projection=True),
         text_encoder_3=t5_text_encoder(tokenizer_3),
-        transformer=diffusers.SD3Transformer2DModel(
-            sample_size=16,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=3,
-            num_attention_heads=2,
-            attention_head_dim=8,
-            joint_attention_dim=TEXT_WIDTH,
-            caption_projection_dim=16,
-            pooled_projection_dim=2 * width,
-            pos_embed_max_size=16,
-            dual_attention_layers=(0,),
-            qk_norm="rms_norm",
-        ),
+        transformer=sd3_transformer(),
         vae=image_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5305),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
@@ -123,17 +107,7 @@ def flux() -> diffusers.FluxPipeline:
         tokenizer_2=tokenizer_2,
         text_encoder=clip_text_encoder(tokenizer),
         text_encoder_2=t5_text_encoder(tokenizer_2),
-        transformer=diffusers.FluxTransformer2DModel(
-            in_channels=16,  # 2 x 2 latents of 4 channels
-            num_layers=2,
-            num_single_layers=2,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            joint_attention_dim=TEXT_WIDTH,
-            pooled_projection_dim=TEXT_WIDTH,
-            guidance_embeds=True,
-            axes_dims_rope=(4, 6, 6),
-        ),
+        transformer=flux_transformer(),
         vae=image_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
@@ -144,18 +118,7 @@ def pixart() -> diffusers.PixArtSigmaPipeline:
     """PixArt-Sigma: cross-attention DiT with one shared modulation, learned sigma, a multistep solver."""
     return diffusers.PixArtSigmaPipeline(
         **t5_text(),
-        transformer=diffusers.PixArtTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=8,
-            in_channels=4,
-            out_channels=8,
-            num_layers=3,
-            cross_attention_dim=16,
-            caption_channels=TEXT_WIDTH,
-            sample_size=8,
-            patch_size=2,
-            use_additional_conditions=False,
-        ),
+        transformer=pixart_transformer(),
         vae=image_vae(),
         scheduler=diffusers.DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear"),
     )
@@ -194,7 +157,7 @@ def sdxl_inpaint() -> diffusers.StableDiffusionXLInpaintPipeline:
     """Stable Diffusion XL's own inpainting UNet: nine input channels, latents, mask and masked image."""
     return diffusers.StableDiffusionXLInpaintPipeline(
         **sdxl_text(),
-        unet=sdxl_unet(in_channels=9),
+        unet=sdxl_inpaint_unet(),
         vae=image_vae(),
         scheduler=sdxl_scheduler(),
         add_watermarker=False,
@@ -206,7 +169,7 @@ def x4_upscaler() -> diffusers.StableDiffusionUpscalePipeline:
     """Stable Diffusion's 4x upscaler: the small image is joined to the latents, the noise level is a class label."""
     return diffusers.StableDiffusionUpscalePipeline(
         **sd_text(),
-        unet=sd_unet(in_channels=7, num_class_embeds=1000, use_linear_projection=True),
+        unet=x4_upscaler_unet(),
         vae=image_vae((8, 8, 16), scaling_factor=0.08333),
         low_res_scheduler=diffusers.DDPMScheduler(beta_schedule="scaled_linear"),
         scheduler=sd_scheduler(prediction_type="v_prediction"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import diffusers
 import torch
 
 
+BuiltT = TypeVar("BuiltT")
+ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 PipelineT = TypeVar("PipelineT", bound="diffusers.DiffusionPipeline")
 
 
@@ -52,18 +54,23 @@ def realign_parameters(pipeline: diffusers.DiffusionPipeline) -> None:
                 tensor.data = tensor.data.clone()
 
 
-def deterministic(build: Callable[[], PipelineT]) -> Callable[[], PipelineT]:
-    """Run a builder under its own seed, fill the zeros of the networks that steer sampling, and set evaluation mode.
+def _build_under_seed(build: Callable[[], BuiltT]) -> BuiltT:
+    """Call a builder under a seed of its own and put the generator back.
 
     Only the CPU generator is seeded (`torch.manual_seed` would seed those of all accelerators too), because
     everything is built on the CPU.
     """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return build()
+
+
+def deterministic(build: Callable[[], PipelineT]) -> Callable[[], PipelineT]:
+    """Run a builder under a seed of its own, fill the zeros of networks that steer sampling, set evaluation mode."""
 
     @functools.wraps(build)
     def wrapped() -> PipelineT:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            pipeline = build()
+        pipeline = _build_under_seed(build)
         for name in ("transformer", "unet", "controlnet"):
             module = getattr(pipeline, name, None)
             if module is not None:
@@ -72,5 +79,16 @@ def deterministic(build: Callable[[], PipelineT]) -> Callable[[], PipelineT]:
             if isinstance(component, torch.nn.Module):
                 component.eval()
         return pipeline
+
+    return wrapped
+
+
+def deterministic_network(build: Callable[..., ModuleT], **changes: Any) -> Callable[[], ModuleT]:
+    """A builder of one network alone: `build(**changes)` seeded, its zeros filled, in evaluation mode."""
+
+    def wrapped() -> ModuleT:
+        network = _build_under_seed(functools.partial(build, **changes))
+        randomize_zero_parameters(network)
+        return network.eval()
 
     return wrapped

@@ -9,7 +9,15 @@ import PIL.Image
 import transformers
 
 from .calls import random_image, sampling_call, text_call
-from .parameters import deterministic, randomize_zero_parameters
+from .denoisers import (
+    cogvideox_transformer,
+    ltx_transformer,
+    motion_adapter,
+    svd_unet,
+    text_to_video_unet,
+    wan_transformer,
+)
+from .parameters import deterministic
 from .parts import TEXT_LENGTH, TEXT_WIDTH, image_vae, sd_scheduler, sd_text, sd_unet, t5_text
 
 
@@ -17,10 +25,9 @@ from .parts import TEXT_LENGTH, TEXT_WIDTH, image_vae, sd_scheduler, sd_text, sd
 def svd() -> diffusers.StableVideoDiffusionPipeline:
     """Stable Video Diffusion: image to video, spatio-temporal UNet.
 
-    The UNet's 32 normalisation groups are hard-coded in diffusers, hence 64 channels: with one channel a group, the
-    normalisation would hide what is added to a channel. So are the 224 pixels that the image is resized to.
-    Cross-attention sees one image token, so its queries and keys change nothing, here as in the real model. The image
-    processor is the one on Pillow, so that an installed torchvision changes nothing.
+    The 224 pixels that the image is resized to are hard-coded in diffusers. Cross-attention sees one image token, so
+    its queries and keys change nothing, here as in the real model. The image processor is the one on Pillow, so that
+    an installed torchvision changes nothing.
     """
     return diffusers.StableVideoDiffusionPipeline(
         image_encoder=transformers.CLIPVisionModelWithProjection(
@@ -35,18 +42,7 @@ def svd() -> diffusers.StableVideoDiffusionPipeline:
             )
         ),
         feature_extractor=transformers.CLIPImageProcessorPil(),
-        unet=diffusers.UNetSpatioTemporalConditionModel(
-            sample_size=16,
-            block_out_channels=(64, 64),
-            down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-            layers_per_block=1,
-            cross_attention_dim=TEXT_WIDTH,
-            num_attention_heads=(2, 4),
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=3 * 8,
-            num_frames=4,
-        ),
+        unet=svd_unet(),
         vae=diffusers.AutoencoderKLTemporalDecoder(
             block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, sample_size=32
         ),
@@ -70,16 +66,7 @@ def text_to_video_sd() -> diffusers.TextToVideoSDPipeline:
     """ModelScope's text to video: a 3D UNet with temporal convolutions and temporal attention."""
     return diffusers.TextToVideoSDPipeline(
         **sd_text(),
-        unet=diffusers.UNet3DConditionModel(
-            sample_size=16,
-            block_out_channels=(16, 32),
-            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-            layers_per_block=1,
-            norm_num_groups=8,
-            cross_attention_dim=TEXT_WIDTH,
-            attention_head_dim=8,
-        ),
+        unet=text_to_video_unet(),
         vae=image_vae(),
         scheduler=sd_scheduler(),
     )
@@ -88,15 +75,7 @@ def text_to_video_sd() -> diffusers.TextToVideoSDPipeline:
 @deterministic
 def animatediff() -> diffusers.AnimateDiffPipeline:
     """AnimateDiff: Stable Diffusion 1.x with motion modules, which the pipeline merges into a `UNetMotionModel`."""
-    adapter = diffusers.MotionAdapter(
-        block_out_channels=(16, 32),
-        motion_layers_per_block=1,
-        motion_mid_block_layers_per_block=1,
-        motion_num_attention_heads=2,
-        motion_norm_num_groups=8,
-        motion_max_seq_length=16,
-    )
-    randomize_zero_parameters(adapter)  # before the UNet copies them, so that both hold the same
+    adapter = motion_adapter()
     return diffusers.AnimateDiffPipeline(
         **sd_text(),
         unet=sd_unet(),
@@ -111,20 +90,7 @@ def cogvideox() -> diffusers.CogVideoXPipeline:
     """CogVideoX-5B: text and video tokens in one attention, rotary positions, v-prediction."""
     return diffusers.CogVideoXPipeline(
         **t5_text(),
-        transformer=diffusers.CogVideoXTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=16,
-            in_channels=4,
-            out_channels=4,
-            time_embed_dim=8,
-            text_embed_dim=TEXT_WIDTH,
-            num_layers=3,
-            sample_width=6,
-            sample_height=4,
-            sample_frames=9,
-            max_text_seq_length=TEXT_LENGTH,
-            use_rotary_positional_embeddings=True,
-        ),
+        transformer=cogvideox_transformer(),
         vae=diffusers.AutoencoderKLCogVideoX(
             block_out_channels=(8, 8, 8, 8),
             latent_channels=4,
@@ -172,17 +138,7 @@ def wan() -> diffusers.WanPipeline:
     """Wan 2.1: cross-attention DiT with rotary positions. The 16 latent channels are those of the VAE's statistics."""
     return diffusers.WanPipeline(
         **t5_text(multilingual=True),
-        transformer=diffusers.WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=16,
-            out_channels=16,
-            text_dim=TEXT_WIDTH,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=3,
-            rope_max_seq_len=32,
-        ),
+        transformer=wan_transformer(),
         vae=diffusers.AutoencoderKLWan(
             base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
         ),
@@ -197,15 +153,7 @@ def ltx() -> diffusers.LTXPipeline:
     """LTX-Video: cross-attention DiT on a strongly compressed video, timestep shift by sequence length."""
     return diffusers.LTXPipeline(
         **t5_text(),
-        transformer=diffusers.LTXVideoTransformer3DModel(
-            in_channels=8,
-            out_channels=8,
-            num_attention_heads=2,
-            attention_head_dim=8,
-            cross_attention_dim=16,
-            num_layers=3,
-            caption_channels=TEXT_WIDTH,
-        ),
+        transformer=ltx_transformer(),
         vae=diffusers.AutoencoderKLLTXVideo(
             latent_channels=8,
             block_out_channels=(8, 8, 8, 8),
