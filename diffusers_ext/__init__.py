@@ -11,6 +11,11 @@ __version__ = "0.1.0"
 
 # Public name -> the room that holds it.
 _ROOMS = {
+    "AsyncDiffConfig": "asyncdiff",
+    "AsyncDiffMixin": "asyncdiff",
+    "apply_async_diff": "asyncdiff",
+    "partition_denoiser": "asyncdiff",
+    "remove_async_diff": "asyncdiff",
     "LearnedCacheConfig": "learning_to_cache",
     "LearnedCacheMixin": "learning_to_cache",
     "LearnedCacheRouter": "learning_to_cache",
@@ -21,6 +26,13 @@ _ROOMS = {
 __all__ = ["__version__", *sorted(_ROOMS)]
 
 if TYPE_CHECKING:
+    from .asyncdiff import (
+        AsyncDiffConfig,
+        AsyncDiffMixin,
+        apply_async_diff,
+        partition_denoiser,
+        remove_async_diff,
+    )
     from .learning_to_cache import (
         LearnedCacheConfig,
         LearnedCacheMixin,

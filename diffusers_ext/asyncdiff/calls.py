@@ -1,8 +1,9 @@
 """Which call of which run a denoiser call is.
 
-Some pipelines call the denoiser once a step, some twice (Wan, Flux with true guidance), some a third time now and then
-(Stable Diffusion 3's skip-layer guidance). Calls of one kind form a run with states of their own. Kinds are told apart
-by the cache context that the pipeline sets, else by `calls_per_step`, else by what the scheduler and the arguments say.
+Some pipelines call the denoiser once a step, some twice (Wan, Flux with true guidance), some a third time now and
+then (Stable Diffusion 3's skip-layer guidance). Calls of one kind form a run with states of their own. Kinds are told
+apart by the cache context that the pipeline sets, else by `calls_per_step`, else by what the scheduler and the
+arguments say.
 """
 
 from collections.abc import Callable
@@ -101,7 +102,7 @@ class CallTracker:
             its kind, the clock of the kind (`calls` is the number of this call, from 0), and whether a run of this
             kind begins.
         """
-        if self._is_new_run():
+        if self.is_new_run():
             self.reset()
             self.runs += 1
             scheduler = self._scheduler()
@@ -141,7 +142,8 @@ class CallTracker:
         # From where the call now is: kinds that are not called at each step go on from there.
         return self._given(min(clock.place + call - clock.calls, len(self.grid) - 1))
 
-    def _is_new_run(self) -> bool:
+    def is_new_run(self) -> bool:
+        """Whether the scheduler has been given new timesteps since the last call."""
         scheduler = self._scheduler()
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is None or getattr(scheduler, "num_inference_steps", 0) is None:

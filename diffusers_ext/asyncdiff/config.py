@@ -12,14 +12,14 @@ from torch.distributed import ProcessGroup
 class AsyncDiffConfig:
     """Configuration of AsyncDiff (Chen et al., NeurIPS 2024, https://huggingface.co/papers/2406.06911).
 
-    The denoiser is cut into `num_stages` stages, one a device. After `warmup_steps` exact calls all stages run at once,
-    each on what the others computed one round before. Start `world_size` processes, one a device.
+    The denoiser is cut into `num_stages` stages, one a device. After `warmup_steps` exact calls all stages run at
+    once, each on what the others computed one round before. Start `world_size` processes, one a device.
 
     Args:
         num_stages: N >= 1, stages that the denoiser is cut into. More stages are faster and further from the exact
             result (paper, Table 1).
         stride: S >= 1, denoiser calls that one round serves. Each device then works at every S-th call only; the last
-            stage is there S times, so the number of processes is N + S - 1. Faster than more stages, and less faithful.
+            stage is there S times, so the number of processes is N + S - 1. Faster than more stages, less faithful.
         warmup_steps: W >= 1, exact denoiser calls at the beginning of a run (per call of a step). More are slower and
             closer to the exact result (paper, Table 2).
         time_shift: condition the stages on the timestep of the call before. The authors advise it only where the
@@ -172,7 +172,9 @@ def _is_positive(value: Any) -> bool:
 
 def _checked_costs(costs: Any) -> dict[str, float]:
     if not isinstance(costs, Mapping):
-        raise ValueError(f'`cost` must be "analytic", "measured" or a mapping from unit names to numbers, got {costs!r}.')
+        raise ValueError(
+            f'`cost` must be "analytic", "measured" or a mapping from unit names to numbers, got {costs!r}.'
+        )
     for name, cost in costs.items():
         if isinstance(cost, bool) or not isinstance(cost, int | float) or not (math.isfinite(cost) and cost >= 0):
             raise ValueError(f"`cost` must hold finite numbers of at least 0, got {cost!r} for {name!r}.")

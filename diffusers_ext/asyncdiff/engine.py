@@ -94,6 +94,7 @@ class Engine:
         self.links = links
         self.seat = seat
         self.fixed_plan = fixed_plan
+        self.dropped: dict[str, int] = {}  # parameters that other ranks keep, see `sharding`
         self.tracker = CallTracker(scheduler, config.calls_per_step, config.timestep_scale)
         self.active: Forward | None = None  # asked by the unit hooks
         self.plan: Plan | None = fixed_plan
@@ -101,7 +102,7 @@ class Engine:
         if links is not None:
             self.stats.rank, self.stats.stage = seat.rank, min(seat.rank, config.num_stages - 1)
         self.siblings: list[Engine] = []  # the pipeline's other denoisers, which take turns with this one
-        self._traffic = Traffic()
+        self.traffic = Traffic()
         self._streams: dict[Kind, Stream] = {}
         self._plans: dict[Any, tuple[DenoiserTrace, Plan | None]] = {}
         self._mailboxes: dict[Any, tuple[Mailbox, Results]] = {}
@@ -123,10 +124,10 @@ class Engine:
         """One call of the denoiser; `forward` is what it computes without AsyncDiff."""
         if self._broken is not None:
             raise AsyncDiffError(
-                f"The ranks can no longer reach each other ({self._broken}); call `remove_async_diff`, and apply again "
-                "in new processes."
+                f"The ranks can no longer reach each other ({self._broken}); call `remove_async_diff`, and apply "
+                "again in new processes."
             )
-        started, waited = time.perf_counter(), self._traffic.waited
+        started, waited = time.perf_counter(), self.traffic.waited
         try:
             for sibling in self.siblings:
                 sibling.drain()
@@ -146,10 +147,10 @@ class Engine:
         except BaseException as error:
             self._abandon(error)
             raise
-        waited = self._traffic.waited - waited
+        waited = self.traffic.waited - waited
         self.stats.wait_s += waited
         self.stats.compute_s += time.perf_counter() - started - waited
-        self.stats.bytes_sent, self.stats.bytes_received = self._traffic.sent, self._traffic.received
+        self.stats.bytes_sent, self.stats.bytes_received = self.traffic.sent, self.traffic.received
         return output
 
     def run(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -159,8 +160,8 @@ class Engine:
     def locate(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Kind, Clock, bool]:
         """Which call this is; once per call."""
         timestep = self.argument(TIME_ARGUMENTS, args, kwargs)
-        others = {name: value for name, value in self._named(args, kwargs).items() if value is not timestep}
-        sample = self.argument(SAMPLE_ARGUMENTS, args, kwargs)
+        others = {name: value for name, value in self.named(args, kwargs).items() if value is not timestep}
+        sample = self.sample(args, kwargs)
         located = self.tracker.locate(timestep, sample, {n: v for n, v in others.items() if v is not sample})
         if self.tracker.runs != self._runs_seen:
             self._runs_seen = self.tracker.runs
@@ -359,7 +360,9 @@ class Engine:
         if stream.mailbox is None:
             self._connect(stream, first_spec=None)
         stream.mailbox.begin(current=True)
-        output = self._forward_as(stream, self.seat.rank, forward, args, kwargs, stream.mailbox.take, stream.mailbox.put)
+        output = self._forward_as(
+            stream, self.seat.rank, forward, args, kwargs, stream.mailbox.take, stream.mailbox.put
+        )
         stream.mailbox.finish()
         if stream.output is None:
             stream.output = OutputSpec.of(output)
@@ -418,7 +421,7 @@ class Engine:
                 self.config.overlap,
                 pack,
                 device,
-                self._traffic,
+                self.traffic,
             )
         if first_spec is not None:
             stream.results = Results(
@@ -429,7 +432,7 @@ class Engine:
                 seat.first_peer,
                 links.take_tags(stream.rounds.stride),
                 device,
-                self._traffic,
+                self.traffic,
             )
 
     def _transfers(self, stream: Stream) -> list[Any]:
@@ -526,10 +529,15 @@ class Engine:
 
     def argument(self, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The argument called by one of these names, by position or keyword; None where there is none."""
-        named = self._named(args, kwargs)
+        named = self.named(args, kwargs)
         return next((named[name] for name in names if name in named), None)
 
-    def _named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def sample(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The noisy sample: a tensor, or a list of them."""
+        return self.argument(SAMPLE_ARGUMENTS, args, kwargs)
+
+    def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name."""
         return {**dict(zip(self._parameters, args, strict=False)), **kwargs}
 
     def _timestep(self, clock: Clock, rounds: Rounds, round_: int, rank: int) -> float | None:
@@ -552,14 +560,16 @@ class Engine:
         return args, kwargs
 
     def _signature(self, args: tuple, kwargs: dict[str, Any]) -> tuple:
-        """(sample, all): shapes, types and devices of tensors, and everything else that may change what is computed."""
-        named = self._named(args, kwargs)
-        sample = self.argument(SAMPLE_ARGUMENTS, args, kwargs)
+        """(sample, structure, all): how tensors look, and everything else that may change what is computed."""
+        named = self.named(args, kwargs)
+        sample = self.sample(args, kwargs)
         tensors = [leaf for leaf in tree_flatten(sample)[0] if isinstance(leaf, Tensor)]
         self._device = tensors[0].device if tensors else next(self.denoiser.parameters()).device
         leaves, structure = tree_flatten(named)
         timestep = self.argument(TIME_ARGUMENTS, args, kwargs)
-        looks = tuple("timestep" if leaf is timestep and not isinstance(leaf, Tensor) else _look(leaf) for leaf in leaves)
+        looks = tuple(
+            "timestep" if leaf is timestep and not isinstance(leaf, Tensor) else _look(leaf) for leaf in leaves
+        )
         return tuple(_look(tensor) for tensor in tensors), str(structure), looks
 
     # Agreement

@@ -65,7 +65,9 @@ class GuidanceSplit:
         output = engine.run(forward, (), halves)
         own = tensors_of(output)
         other = self._exchange(own)
-        whole = [torch.cat([own[i], other[i]] if engine.seat.half == 0 else [other[i], own[i]]) for i in range(len(own))]
+        whole = [
+            torch.cat([own[i], other[i]] if engine.seat.half == 0 else [other[i], own[i]]) for i in range(len(own))
+        ]
         return OutputSpec.of(output).build(whole)
 
     def _half_of(self, name: str, value: Any, samples: int) -> Any:

@@ -174,7 +174,9 @@ def _on_shadows(func: Callable, args: tuple, kwargs: dict, wrap: Callable[[Tenso
             )
         if func in _SAME_PLACE:
             return wrap(_shadow(args[0]))
-        args = tuple(_shadow(arg) if not isinstance(arg, list | tuple | dict) else tree_map(_shadow, arg) for arg in args)
+        args = tuple(
+            _shadow(arg) if not isinstance(arg, list | tuple | dict) else tree_map(_shadow, arg) for arg in args
+        )
         if func is torch.Tensor.to:
             args = tuple("meta" if isinstance(arg, str) else arg for arg in args)
         kwargs = {key: tree_map(_shadow, value) for key, value in kwargs.items()}
@@ -203,9 +205,7 @@ def _as_placeholder(value: Tensor, place: torch.device, scope: GlueScope) -> Pla
     return result
 
 
-def _as_deferred(
-    value: Tensor, make: Callable[[], Tensor], place: torch.device, scope: GlueScope | None
-) -> Deferred:
+def _as_deferred(value: Tensor, make: Callable[[], Tensor], place: torch.device, scope: GlueScope | None) -> Deferred:
     with torch._C.DisableTorchFunctionSubclass():
         result = value.as_subclass(Deferred)
     result._scope, result._place, result._make, result._value = scope, place, make, None

@@ -256,9 +256,7 @@ class Mailbox:
         )
         for _, sent, message in messages:
             self._traffic.waited += message.wait(slot) if not sent else 0.0
-        pendings = self._channel.exchange(
-            [(sent, m.buffers[slot], m.peer, m.tag, m.what) for _, sent, m in messages]
-        )
+        pendings = self._channel.exchange([(sent, m.buffers[slot], m.peer, m.tag, m.what) for _, sent, m in messages])
         for (_, sent, message), pending in zip(messages, pendings, strict=True):
             message.pending[slot] = pending
             self._count(message, sent)

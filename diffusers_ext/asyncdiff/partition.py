@@ -1,10 +1,11 @@
 """The splitter: which stage owns which unit, and what the stages send each other.
 
-Pure functions on costs and labels. Contiguous splits are exact minima of the largest stage cost by dynamic programming.
+Pure functions on costs and labels. Contiguous splits are exact minima of the largest stage cost, found
+by dynamic programming.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,8 +97,10 @@ class DenoiserPartition:
         return num_calls * total / (warmup * total + rounds * largest) if total else 1.0
 
     def __str__(self) -> str:
-        lines = [f"{self.topology} of {self.num_stages} stages, bound {self.bound:.2f}x, "
-                 f"{self.bytes_per_round / 1e6:.2f} MB per round in {len(self.transfers)} tensors"]
+        lines = [
+            f"{self.topology} of {self.num_stages} stages, bound {self.bound:.2f}x, "
+            f"{self.bytes_per_round / 1e6:.2f} MB per round in {len(self.transfers)} tensors"
+        ]
         total = sum(self.costs) or 1.0
         for stage, (names, cost) in enumerate(zip(self.stages, self.costs, strict=True)):
             lines.append(f"  stage {stage}: {cost / total:6.1%}  {_ranges(names)}")
@@ -252,9 +255,7 @@ def make_partition(
                 transfers.append(Transfer(name, index, source, targets, spec.shape, spec.dtype, spec.nbytes))
     sums = tuple(float(sum(costs[name] for name in names)) for names in present)
     largest = max(sums)
-    return DenoiserPartition(
-        tuple(present), sums, topology, sum(sums) / largest if largest else 1.0, tuple(transfers)
-    )
+    return DenoiserPartition(tuple(present), sums, topology, sum(sums) / largest if largest else 1.0, tuple(transfers))
 
 
 def _wrapped(trace: DenoiserTrace, values: list[float], num_stages: int, crossing: list[float]) -> DenoiserPartition:
@@ -267,14 +268,16 @@ def _wrapped(trace: DenoiserTrace, values: list[float], num_stages: int, crossin
 def _checked(costs: Sequence[float], num_stages: int) -> NDArray[np.float64]:
     costs = np.asarray(costs, dtype=np.float64)
     if not (np.isfinite(costs).all() and (costs >= 0).all()):
-        raise ValueError(f"Costs must be finite and at least 0, got {costs[~(costs >= 0)].tolist() or costs.tolist()}.")
+        raise ValueError(
+            f"Costs must be finite and at least 0, got {costs[~(costs >= 0)].tolist() or costs.tolist()}."
+        )
     if not 1 <= num_stages <= len(costs):
         raise ValueError(f"`num_stages` must lie in 1..{len(costs)}, the number of units, got {num_stages}.")
     return costs
 
 
 def _bottlenecks(costs: NDArray[np.float64], num_stages: int) -> NDArray[np.float64]:
-    """(N, M + 1): the least largest sum of the first i units in n + 1 non-empty parts; infinite where there is none."""
+    """(N, M + 1): the least largest sum of the first i units in n + 1 non-empty parts, infinite without any."""
     sums = np.concatenate([[0.0], np.cumsum(costs)])
     parts = sums[None, :] - sums[:, None]  # [j, i]: sum of the units j..i-1
     parts[np.tril_indices(len(sums))] = np.inf  # a part is not empty
@@ -285,9 +288,7 @@ def _bottlenecks(costs: NDArray[np.float64], num_stages: int) -> NDArray[np.floa
     return table
 
 
-def _cheapest_cuts(
-    costs: NDArray[np.float64], num_stages: int, limit: float, crossing: Sequence[float]
-) -> list[int]:
+def _cheapest_cuts(costs: NDArray[np.float64], num_stages: int, limit: float, crossing: Sequence[float]) -> list[int]:
     """Of all cuts into parts of at most `limit`, the one whose inner cuts cross the fewest bytes."""
     sums = np.concatenate([[0.0], np.cumsum(costs)])
     crossing = np.asarray(crossing, dtype=np.float64)
@@ -303,7 +304,7 @@ def _cheapest_cuts(
     bounds = [size - 1]
     for choice in reversed(previous):
         bounds.append(int(choice[bounds[-1]]))
-    return [*reversed(bounds)] if num_stages == 1 else [0, *reversed(bounds[:-1]), size - 1]
+    return [0, *reversed(bounds)]
 
 
 def _within(limit: float) -> float:

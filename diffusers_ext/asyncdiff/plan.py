@@ -77,7 +77,10 @@ def unit_names(denoiser: torch.nn.Module, config: AsyncDiffConfig) -> list[str]:
 
 
 def make_plan(
-    denoiser: torch.nn.Module, trace: DenoiserTrace, config: AsyncDiffConfig, measured: Mapping[str, float] | None = None
+    denoiser: torch.nn.Module,
+    trace: DenoiserTrace,
+    config: AsyncDiffConfig,
+    measured: Mapping[str, float] | None = None,
 ) -> Plan:
     """Cut what was traced.
 

@@ -29,7 +29,8 @@ def find_denoisers(denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline) ->
     denoisers = [unwrap_module(module) for module in found if isinstance(module, torch.nn.Module)]
     if not denoisers:
         raise ValueError(
-            f"{type(denoiser_or_pipeline).__name__} has none of {list(DENOISER_COMPONENTS)}; AsyncDiff splits a denoiser."
+            f"{type(denoiser_or_pipeline).__name__} has none of {list(DENOISER_COMPONENTS)}, the denoisers that "
+            "AsyncDiff splits."
         )
     return denoisers
 
@@ -83,8 +84,8 @@ def check_usable(denoiser: torch.nn.Module) -> None:
 
 
 _COMPILED = (
-    "This {} is compiled as a whole (`torch.compile`), but what a rank computes differs from call to call. Compile its "
-    "blocks instead (`compile_repeated_blocks`), or nothing."
+    "This {} is compiled as a whole (`torch.compile`), but what a rank computes differs from call to call. Compile "
+    "its blocks instead (`compile_repeated_blocks`), or nothing."
 )
 
 

@@ -1,7 +1,7 @@
 """The paper's schedule as arithmetic: which call of a run does what, and on which timestep each stage conditions.
 
-Notation: calls k = 0..T-1, N stages, stride S, warm-up W, time shift d in {0, 1}. Rank r < N - 1 holds stage r; the last
-stage is there S times: replica S - 1 on rank N - 1, replica j < S - 1 on rank N + j.
+Notation: calls k = 0..T-1, N stages, stride S, warm-up W, time shift d in {0, 1}. Rank r < N - 1 holds stage r; the
+last stage is there S times: replica S - 1 on rank N - 1, replica j < S - 1 on rank N + j.
 """
 
 from dataclasses import dataclass

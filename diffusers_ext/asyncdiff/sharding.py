@@ -35,7 +35,7 @@ def drop_foreign_weights(denoiser: torch.nn.Module, plan: Plan, stage: int) -> d
 
 
 def fetch_weights(
-    denoiser: torch.nn.Module, plan: Plan, stage: int, dropped: dict[str, int], channel: Channel, first_peer: int
+    denoiser: torch.nn.Module, plan: Plan, dropped: dict[str, int], channel: Channel, first_peer: int
 ) -> None:
     """Get back what was dropped, from the ranks that kept it; every rank calls it.
 
@@ -47,8 +47,12 @@ def fetch_weights(
         owner = _owner(name, plan)
         if owner is None or name in plan.glue_parameters:
             continue
-        whole = torch.empty(tensor.shape, dtype=tensor.dtype) if name in dropped else tensor.detach().to("cpu", copy=True)
-        channel.broadcast(whole.contiguous() if name not in dropped else whole, first_peer + owner, f"the weights {name!r}")
+        whole = (
+            torch.empty(tensor.shape, dtype=tensor.dtype) if name in dropped else tensor.detach().to("cpu", copy=True)
+        )
+        channel.broadcast(
+            whole.contiguous() if name not in dropped else whole, first_peer + owner, f"the weights {name!r}"
+        )
         if name in dropped:
             _replace(denoiser, name, whole.to(device))
 

@@ -7,10 +7,12 @@ the labels of its arguments. What a unit or the denoiser's output carries when i
 UNets, text streams and residual sums are found without a table per model.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -144,7 +146,7 @@ def trace_denoiser(
     denoiser = unwrap_module(denoiser)
     call = denoiser if forward is None else forward
     try:
-        with _meta_weights(denoiser) as parameters:
+        with _kept_attributes(denoiser), _meta_weights(denoiser) as parameters:
             return _run(denoiser, units, call, *_on_meta((args, kwargs)), parameters)
     except ValueError as error:
         if isinstance(error, _UnitCalledTwice):
@@ -278,8 +280,14 @@ class _Watch(TorchFunctionMode):
 def writes_in_place(func: Callable) -> bool:
     """Whether a torch function changes its first argument, by its name."""
     name = getattr(func, "__name__", "")
-    return name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__")) or (
-        name.startswith("__i") and name.endswith("__") and name not in ("__init__", "__iter__", "__index__", "__invert__")
+    return (
+        name in ("__setitem__", "__set__")
+        or (name.endswith("_") and not name.endswith("__"))
+        or (
+            name.startswith("__i")
+            and name.endswith("__")
+            and name not in ("__init__", "__iter__", "__index__", "__invert__")
+        )
     )
 
 
@@ -300,6 +308,38 @@ def _meta_weights(denoiser: torch.nn.Module) -> Iterator[dict[int, str]]:
         weights[key] = copies[id(tensor)]
     with reparametrize_module(denoiser, weights):
         yield {id(tensor): key for key, tensor in weights.items()}
+
+
+_NO_HOLDERS = (torch.nn.Module, Tensor, type, FunctionType, MethodType, functools.partial)
+
+
+@contextmanager
+def _kept_attributes(denoiser: torch.nn.Module) -> Iterator[None]:
+    """Put back what a forward caches in plain attributes (position tables): it would be without numbers."""
+
+    def look(value: Any) -> Any:
+        return list(value) if isinstance(value, list) else value
+
+    holders: dict[int, Any] = {}
+    for module in denoiser.modules():
+        holders[id(module)] = module
+        for value in vars(module).values():
+            if hasattr(value, "__dict__") and not isinstance(value, _NO_HOLDERS):
+                holders[id(value)] = value
+    before = [(holder, {key: look(value) for key, value in vars(holder).items()}) for holder in holders.values()]
+    try:
+        yield
+    finally:
+        for holder, attributes in before:
+            now = vars(holder)
+            for key in [key for key in now if key not in attributes]:
+                del now[key]
+            for key, value in attributes.items():
+                if isinstance(value, list) and isinstance(now.get(key), list):
+                    if len(now[key]) != len(value) or any(a is not b for a, b in zip(now[key], value, strict=True)):
+                        now[key] = value
+                elif now.get(key) is not value:
+                    now[key] = value
 
 
 def _on_meta(tree: Any) -> Any:

@@ -24,7 +24,16 @@ _LAYER_LISTS = (
 _MORE_BLOCK_LISTS = ("joint_transformer_blocks", "noise_refiner", "context_refiner")
 # What stands before and after the blocks, where a model has it.
 _HEADS = ("conv_in", "transformer_in")
-_TAILS = ("conv_norm_out", "conv_out", "norm_out", "final_layer", "all_final_layer", "proj_out", "proj_out_1", "proj_out_2")
+_TAILS = (
+    "conv_norm_out",
+    "conv_out",
+    "norm_out",
+    "final_layer",
+    "all_final_layer",
+    "proj_out",
+    "proj_out_1",
+    "proj_out_2",
+)
 
 
 def is_unet(denoiser: torch.nn.Module) -> bool:
@@ -78,7 +87,9 @@ def _transformer_units(denoiser: torch.nn.Module) -> Iterator[str]:
     lists = [
         name
         for name, child in denoiser.named_children()
-        if name in (*TRANSFORMER_BLOCK_LISTS, *_MORE_BLOCK_LISTS) and isinstance(child, torch.nn.ModuleList) and len(child)
+        if name in (*TRANSFORMER_BLOCK_LISTS, *_MORE_BLOCK_LISTS)
+        and isinstance(child, torch.nn.ModuleList)
+        and len(child)
     ]
     for name in lists:
         yield from (f"{name}.{index}" for index in range(len(getattr(denoiser, name))))

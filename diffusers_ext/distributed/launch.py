@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 LAUNCH_HINT = (
     "Start it by `torchrun --nproc_per_node {n} script.py` or `accelerate launch --multi_gpu --num_processes {n} "
-    "script.py` (on CPUs too: the flag only means \"through torchrun\", and `--cpu` would start one process)."
+    'script.py` (on CPUs too: the flag only means "through torchrun", and `--cpu` would start one process).'
 )
 
 
@@ -33,9 +33,7 @@ def distributed_session(timeout_s: float = 600.0) -> Iterator[PartialState]:
     Raises:
         RuntimeError: the launcher started another number of processes than were found.
     """
-    state = PartialState(
-        cpu=not torch.accelerator.is_available(), timeout=datetime.timedelta(seconds=timeout_s)
-    )
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=datetime.timedelta(seconds=timeout_s))
     launched = launch_environment()
     try:
         if launched is not None and launched != state.num_processes:
