@@ -19,12 +19,14 @@ class Method:
         apply: applies it to a stock pipeline so that its output changes; must allow any number of steps.
         remove: takes it off.
         effect: how much it has done since `apply` (modules skipped, bytes sent, ...), 0 before any run.
+        refuses: what it says clearly that it does not go with: "sequential_offload", "group_offload", "compile".
     """
 
     bases: tuple[str, ...]
     apply: Callable[[DiffusionPipeline], None]
     remove: Callable[[DiffusionPipeline], None]
     effect: Callable[[DiffusionPipeline], float]
+    refuses: frozenset[str] = frozenset()
 
 
 def _apply_learned_cache(pipe: DiffusionPipeline) -> None:
@@ -50,10 +52,38 @@ def _skipped_modules(pipe: DiffusionPipeline) -> float:
     return learned_cache_stats(pipe).reused
 
 
+def _apply_async_diff(pipe: DiffusionPipeline) -> None:
+    from diffusers_ext import AsyncDiffConfig, apply_async_diff
+
+    apply_async_diff(pipe, AsyncDiffConfig(num_stages=2, simulate=True))
+
+
+def _remove_async_diff(pipe: DiffusionPipeline) -> None:
+    from diffusers_ext import remove_async_diff
+
+    remove_async_diff(pipe)
+
+
+def _rounds(pipe: DiffusionPipeline) -> float:
+    from diffusers_ext.asyncdiff import async_diff_stats
+
+    return async_diff_stats(pipe).computed_calls
+
+
 # LTX has no adapter of its own: it stands for all models that the fallback serves.
 _LEARNED_CACHE_BASES = ("dit", "pixart", "latte", "sd3", "flux", "cogvideox", "wan", "ltx")
 
+# A base for each kind of denoiser and of call: one call a step, two, with a ControlNet, with frames, mixed streams.
+_ASYNC_DIFF_BASES = ("sd", "sdxl_controlnet", "svd", "animatediff", "sd3", "flux", "pixart", "wan")
+
 METHODS: dict[str, Method] = {
+    "async_diff": Method(
+        _ASYNC_DIFF_BASES,
+        _apply_async_diff,
+        _remove_async_diff,
+        _rounds,
+        refuses=frozenset({"sequential_offload", "group_offload", "compile"}),
+    ),
     "learned_cache": Method(_LEARNED_CACHE_BASES, _apply_learned_cache, _remove_learned_cache, _skipped_modules),
 }
 

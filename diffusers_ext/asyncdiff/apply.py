@@ -117,7 +117,7 @@ def apply_async_diff(
             raise AsyncDiffError(f"The ranks could not be connected: {error}") from error
     watched = _scheduler_of(pipeline, scheduler)
     engines = [
-        Engine(denoiser, config, names, watched, links, seat, plan)
+        Engine(denoiser, config, names, watched, _check_of(pipeline, denoiser), links, seat, plan)
         for denoiser, names, plan in zip(denoisers, units, plans, strict=True)
     ]
     for engine in engines:
@@ -248,6 +248,19 @@ def _scheduler_of(pipeline: DiffusionPipeline | None, scheduler: Any) -> Callabl
         return lambda: scheduler
     reference = weakref.ref(pipeline)  # the pipeline owns the hooks, not they the pipeline
     return lambda: getattr(reference(), "scheduler", None)
+
+
+def _check_of(pipeline: DiffusionPipeline | None, denoiser: torch.nn.Module) -> Callable[[], None]:
+    """What came after apply: offloading, caches, compilation."""
+    owner = None if pipeline is None else weakref.ref(pipeline)
+    model = weakref.ref(denoiser)
+
+    def check() -> None:
+        if owner is not None and owner() is not None:
+            check_compiled(owner())
+        check_usable(model())
+
+    return check
 
 
 def _check_options(config: AsyncDiffConfig, pipeline: DiffusionPipeline | None, scheduler: Any) -> None:

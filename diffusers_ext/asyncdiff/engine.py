@@ -22,7 +22,6 @@ from .links import Links, Seat
 from .mailbox import Mailbox, Results, Traffic
 from .partition import make_partition
 from .plan import Plan, make_plan
-from .refusals import check_usable
 from .rounds import Rounds
 from .stage_forward import Capture, Forward, StageForward
 from .stats import AsyncDiffStats
@@ -73,6 +72,7 @@ class Engine:
         config: see there.
         units: names of the hooked modules.
         scheduler: gives the scheduler of the sampling loop, or None.
+        check: raises where the denoiser cannot be split as it now is; asked as a run begins.
         links: channels to the other ranks; None for a process that is alone.
         seat: of this rank.
         fixed_plan: for sharded weights, whose stages cannot change any more.
@@ -84,6 +84,7 @@ class Engine:
         config: AsyncDiffConfig,
         units: list[str],
         scheduler: Callable[[], Any],
+        check: Callable[[], None],
         links: Links | None,
         seat: Seat,
         fixed_plan: Plan | None = None,
@@ -91,6 +92,7 @@ class Engine:
         self.denoiser = denoiser
         self.config = config
         self.units = units
+        self._check = check
         self.links = links
         self.seat = seat
         self.fixed_plan = fixed_plan
@@ -247,7 +249,7 @@ class Engine:
         if before is not None and before.mailbox is not None:
             before.mailbox.settle()
             before.results.settle()
-        check_usable(self.denoiser)
+        self._check()
         config = self.config
         rounds = Rounds(config.num_stages, config.stride, config.warmup_steps, config.time_shift, clock.num_calls)
         stream = Stream(rounds, self._signature(args, kwargs))
