@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ class _Rank:
     number: int
     process: multiprocessing.Process
     files: _Files
+    may_die: bool = False
 
     def at_work(self) -> bool:
         """Whether its function still runs, or has not begun to."""
@@ -98,10 +99,20 @@ class _Rank:
         """Whether it raised, or ended in another way than by returning and leaving with code 0."""
         if self.files.raised.exists():
             return True
-        return not self.process.is_alive() and not (self.files.returned.exists() and self.process.exitcode == 0)
+        return (
+            not self.may_die
+            and not self.process.is_alive()
+            and not (self.files.returned.exists() and self.process.exitcode == 0)
+        )
 
 
-def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_on_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120.0,
+    may_die: Collection[int] = (),
+) -> list[Any]:
     """Call `function(rank, world_size, *args)` in `world_size` processes joined in a gloo group.
 
     Each rank has one torch thread and the environment that `torchrun` sets (`MASTER_ADDR`, `MASTER_PORT`, `RANK`,
@@ -114,6 +125,7 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, time
         args: Further arguments, the same for all ranks; they are pickled.
         timeout: Seconds that the ranks may run, counted from the moment when all have joined: how long a machine
             takes to import torch is not what a test is about.
+        may_die: Ranks whose death is what the test is about: the others go on, and theirs is None.
 
     Returns:
         What the ranks returned, in rank order.
@@ -142,7 +154,7 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, time
                 files = _Files.of(Path(folder), number)
                 process = context.Process(target=_run_rank, args=(number, world_size, store.port, work, files))
                 process.start()
-                ranks.append(_Rank(number, process, files))
+                ranks.append(_Rank(number, process, files, number in may_die))
             running, reason = _watch(ranks, timeout)
             return _collect(ranks, running, reason)
         finally:
@@ -171,7 +183,9 @@ def _watch(ranks: Sequence[_Rank], timeout: float) -> tuple[list[int], str]:
             failed = True
             if now + GRACE < deadline:
                 deadline, reason = now + GRACE, "another had failed"
-        if not released and all(rank.files.returned.exists() for rank in ranks):
+        if not released and all(
+            rank.files.returned.exists() or (rank.may_die and not rank.process.is_alive()) for rank in ranks
+        ):
             released = True
             ranks[0].files.release.touch()
         if now > deadline or (failed and not any(rank.at_work() for rank in alive)):
@@ -201,6 +215,8 @@ def _collect(ranks: Sequence[_Rank], running: Sequence[int], reason: str) -> lis
     report = []
     for rank in ranks:
         number, files, code = rank.number, rank.files, rank.process.exitcode
+        if rank.may_die and not files.raised.exists():
+            continue
         if files.raised.exists():
             failures[number] = files.raised.read_text()
             report.append(f"--- rank {number} raised ---\n{failures[number]}")
@@ -216,7 +232,8 @@ def _collect(ranks: Sequence[_Rank], running: Sequence[int], reason: str) -> lis
             failures[number] = f"{end} after its function had returned"
             report.append(f"--- rank {number} {failures[number]} ---\n{stack}")
     if not report:
-        return [pickle.loads(rank.files.returned.read_bytes()) for rank in ranks]
+        files = [rank.files.returned for rank in ranks]
+        return [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
     headline = []
     if failures:
         headline.append(f"failed: {_numbers(failures)}")

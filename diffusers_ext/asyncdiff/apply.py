@@ -43,12 +43,13 @@ class AsyncDiffHandle:
         Of the first denoiser where a pipeline has two; None with one stage, and where only a call can tell.
         """
         engine = self._engines[0]
-        if engine.plan is None and engine.config.cost != "measured":
+        planner = engine.planner
+        if planner.latest is None and engine.config.cost != "measured":
             try:
-                engine.plan = _plan_ahead(engine.denoiser, engine.config, engine.units)
+                planner.latest = _plan_ahead(engine.denoiser, engine.config, engine.units)
             except (RuntimeError, ValueError) as error:
                 logger.info("No plan before the first call: %s", error)
-        return None if engine.plan is None else engine.plan.partition
+        return None if planner.latest is None else planner.latest.partition
 
     def stats(self) -> AsyncDiffStats:
         """What this rank did since apply, summed over a pipeline's denoisers."""
@@ -129,8 +130,8 @@ def apply_async_diff(
             links.close()
         raise
     for engine in engines:
-        if engine.fixed_plan is not None:
-            engine.dropped = drop_foreign_weights(engine.denoiser, engine.fixed_plan, engine.stage)
+        if engine.planner.fixed is not None:
+            engine.dropped = drop_foreign_weights(engine.denoiser, engine.planner.fixed, engine.stage)
     return AsyncDiffHandle(engines)
 
 
@@ -157,7 +158,7 @@ def remove_async_diff(denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline)
                 if engine.links.broken:
                     raise CommunicationError("a message failed", rank=engine.seat.rank, peer=None, what="the weights")
                 fetch_weights(
-                    engine.denoiser, engine.fixed_plan, engine.dropped, engine.links.control, engine.seat.first_peer
+                    engine.denoiser, engine.planner.fixed, engine.dropped, engine.links.control, engine.seat.first_peer
                 )
             except CommunicationError as error:
                 raise AsyncDiffCommunicationError(
@@ -225,7 +226,7 @@ def _attach(engines: list[Engine], pipeline: DiffusionPipeline | None, config: A
     try:
         for engine in engines:
             modules = dict(engine.denoiser.named_modules())
-            put(engine.denoiser, UNIT_HOOK, [(modules[name], UnitHook(engine, name)) for name in engine.units])
+            put(engine.denoiser, UNIT_HOOK, [(modules[name], UnitHook(engine.runner, name)) for name in engine.units])
             put(engine.denoiser, ROOT_HOOK, [(engine.denoiser, RootHook(engine))])
         if config.skip_auxiliary and pipeline is not None:
             for auxiliary in _auxiliaries(pipeline):

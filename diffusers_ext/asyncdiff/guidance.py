@@ -40,8 +40,11 @@ class GuidanceSplit:
         self._going: list[Any] = []
         self.inputs: tuple[tuple, dict[str, Any]] = ((), {})  # what the ranks must agree about
 
-    def reset(self) -> None:
-        """The next call decides anew how guidance is done."""
+    def reset(self, settle: bool = True) -> None:
+        """The next call decides anew how guidance is done; `settle` waits for what is under way."""
+        if settle:
+            self._settle()
+        self._going = []
         self._joined = None
         self._kinds = {}
 
@@ -50,17 +53,20 @@ class GuidanceSplit:
         if self._joined is None or engine.tracker.is_new_run():
             self.reset()
             self._joined = self._is_joined(args, kwargs)
-        for pending in self._going:
-            engine.traffic.waited += pending.wait()
-        self._going = []
+        self._settle()
         self.inputs = (args, kwargs)
         return (self._half if self._joined else self._kind)(forward, args, kwargs)
+
+    def _settle(self) -> None:
+        going, self._going = self._going, []
+        for pending in going:
+            self._engine.runner.traffic.waited += pending.wait()
 
     def _half(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """This group's half of the batch, and the other's from its partner."""
         engine = self._engine
-        samples = len(tensors_of(engine.sample(args, kwargs))[0])
-        named = engine.named(args, kwargs)
+        samples = len(tensors_of(engine.arguments.sample(args, kwargs))[0])
+        named = engine.arguments.named(args, kwargs)
         halves = {name: self._half_of(name, value, samples) for name, value in named.items()}
         output = engine.run(forward, (), halves)
         own = tensors_of(output)
@@ -89,7 +95,8 @@ class GuidanceSplit:
         """The partner's tensors for mine, which look alike."""
         parcel, buffer, pending = self._receive(OutputSpec.of(own))
         self._send(own)
-        self._engine.traffic.waited += pending.wait()
+        self._engine.runner.traffic.waited += pending.wait()
+        self._settle()
         return [view.to(own[0].device) for view in parcel.views(buffer)]
 
     def _kind(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -108,10 +115,10 @@ class GuidanceSplit:
             return output
         spec = self._outputs[kind]
         parcel, buffer, pending = self._receive(spec)
-        device = tensors_of(engine.sample(args, kwargs))[0].device
+        device = tensors_of(engine.arguments.sample(args, kwargs))[0].device
 
         def read(index: int) -> Tensor:
-            engine.traffic.waited += pending.wait()
+            engine.runner.traffic.waited += pending.wait()
             return parcel.views(buffer)[index].to(device)
 
         return spec.build(
@@ -127,7 +134,7 @@ class GuidanceSplit:
         buffer = parcel.empty(engine.links.results.device)
         tag = self._tags + (1 - engine.seat.half)
         pending = engine.links.results.receive(buffer, engine.seat.partner, tag, "the other half of guidance")
-        engine.traffic.received += parcel.nbytes
+        engine.runner.traffic.received += parcel.nbytes
         return parcel, buffer, pending
 
     def _send(self, tensors: list[Tensor]) -> None:
@@ -139,11 +146,11 @@ class GuidanceSplit:
             view.copy_(tensor)
         tag = self._tags + engine.seat.half
         self._going.append(engine.links.results.send(buffer, engine.seat.partner, tag, "its half of guidance"))
-        engine.traffic.sent += parcel.nbytes
+        engine.runner.traffic.sent += parcel.nbytes
 
     def _is_joined(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether the batch holds the same samples twice, as guidance by one call needs it."""
-        tensors = tensors_of(read_deferred(self._engine.sample(args, kwargs)))
+        tensors = tensors_of(read_deferred(self._engine.arguments.sample(args, kwargs)))
         if len(tensors) > 1:  # a list of samples
             half = len(tensors) // 2
             pairs = zip(tensors[:half], tensors[half:], strict=False)

@@ -6,6 +6,7 @@ import torch
 
 from ..hooks import GuardedHook
 from .engine import Engine
+from .round_runner import RoundRunner
 
 
 ROOT_HOOK = "asyncdiff_root"
@@ -40,14 +41,14 @@ class UnitHook(GuardedHook):
     method = RootHook.method
     removed_by = RootHook.removed_by
 
-    def __init__(self, engine: Engine, name: str) -> None:
+    def __init__(self, runner: RoundRunner, name: str) -> None:
         super().__init__()
-        self.engine = engine
+        self.runner = runner
         self.name = name
 
     @torch.compiler.disable
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        forward = self.engine.active
+        forward = self.runner.active
         if forward is None:
             return self.fn_ref.original_forward(*args, **kwargs)
         return forward.run_unit(self.name, self.fn_ref.original_forward, args, kwargs)

@@ -141,6 +141,10 @@ class Mailbox:
             for label in message.parcel.labels:
                 self._to_send.setdefault(label, []).append(message)
 
+    def follow(self, stored: dict[Label, Tensor]) -> None:
+        """A run begins; `stored` is what the last exact call gave, for the first round to read."""
+        self.stored = {label: tensor for label, tensor in stored.items() if label in self._by_label}
+
     @property
     def incoming(self) -> Iterable[Label]:
         """What this rank reads of others."""
@@ -317,6 +321,10 @@ class Results:
         self._owed: list[int] = []
         self._later: tuple[list, list[int]] = ([], [])
 
+    def follow(self, rounds: Rounds) -> None:
+        """A run begins, with another number of calls perhaps."""
+        self._rounds = rounds
+
     def begin(self, num_results: int) -> None:
         """A round begins that gives this many results."""
         self._settle_sends()
@@ -345,12 +353,14 @@ class Results:
         buffer[-1] = 1
         self._send(replica, buffer)
 
-    def finish(self) -> None:
-        """This rank has put what it had to."""
+    def finish(self, last: bool = False) -> None:
+        """This rank has put what it had to; nothing stays pending where this may be the last that is sent."""
         operations, keys = self._later
         self._later = ([], [])
         for replica, operation, pending in zip(keys, operations, self._channel.exchange(operations), strict=True):
             self._coming[replica] = (pending, operation[1])
+        if last:
+            self._settle_sends()
 
     def take(self, replica: int) -> list[Tensor]:
         """A call's result, in memory of its own."""

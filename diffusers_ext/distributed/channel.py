@@ -83,11 +83,14 @@ class Channel:
         on_device = torch.device(device).type != "cpu" and "nccl" in str(dist.get_backend(members.group))
         self.device = torch.device(device) if on_device else torch.device("cpu")
         self.ordered = on_device
+        # Where others are not asked, torch names the group by its ranks, and a second group of the name of one that is
+        # gone would connect to the ports of the first: such a group stays until all are destroyed.
+        self._kept = members.size < dist.get_world_size()
         self._group = dist.new_group(
             members.global_ranks,
             timeout=self.timeout,
             backend="nccl" if on_device else "gloo",
-            use_local_synchronization=True,
+            use_local_synchronization=self._kept,
         )
 
     def send(self, tensor: Tensor, peer: int, tag: int, what: str) -> Pending:
@@ -171,7 +174,7 @@ class Channel:
         if self._group is None:
             return
         group, self._group = self._group, None
-        if dist.is_initialized():
+        if dist.is_initialized() and not self._kept:
             dist.destroy_process_group(group)
 
     def _failure(self, peer: int | None, what: str, error: BaseException) -> CommunicationError:
