@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..distributed import CommunicationError
-from ..hooks import attach, detach, find_hook
+from ..hooks import attach, attached_hooks, detach, find_hook
 from ..hooks._compat import unwrap_module
 from ..versions import warn_untested_versions
 from .auxiliary import AUXILIARY_COMPONENTS, AuxiliaryHook
@@ -20,7 +20,7 @@ from .hooks import AUXILIARY_HOOK, ROOT_HOOK, UNIT_HOOK, RootHook, UnitHook
 from .links import Links, Seat, find_members, find_seat
 from .partition import DenoiserPartition
 from .plan import Plan, make_plan, unit_names
-from .refusals import check_compiled, check_usable, find_denoisers
+from .refusals import check_compiled, check_compiled_parts, check_usable, find_denoisers
 from .sample_inputs import sample_inputs
 from .sharding import drop_foreign_weights, fetch_weights
 from .stats import AsyncDiffStats
@@ -102,6 +102,7 @@ def apply_async_diff(
     _check_options(config, pipeline, scheduler)
     units = [unit_names(denoiser, config) for denoiser in denoisers]
     for denoiser, names in zip(denoisers, units, strict=True):
+        check_compiled_parts(denoiser, names)
         if config.stages is not None:
             _check_stages(denoiser, config, names)
     members = find_members(config)
@@ -118,7 +119,7 @@ def apply_async_diff(
             raise AsyncDiffError(f"The ranks could not be connected: {error}") from error
     watched = _scheduler_of(pipeline, scheduler)
     engines = [
-        Engine(denoiser, config, names, watched, _check_of(pipeline, denoiser), links, seat, plan)
+        Engine(denoiser, config, names, watched, _check_of(pipeline, denoiser, names), links, seat, plan)
         for denoiser, names, plan in zip(denoisers, units, plans, strict=True)
     ]
     for engine in engines:
@@ -251,7 +252,7 @@ def _scheduler_of(pipeline: DiffusionPipeline | None, scheduler: Any) -> Callabl
     return lambda: getattr(reference(), "scheduler", None)
 
 
-def _check_of(pipeline: DiffusionPipeline | None, denoiser: torch.nn.Module) -> Callable[[], None]:
+def _check_of(pipeline: DiffusionPipeline | None, denoiser: torch.nn.Module, units: list[str]) -> Callable[[], None]:
     """What came after apply: offloading, caches, compilation."""
     owner = None if pipeline is None else weakref.ref(pipeline)
     model = weakref.ref(denoiser)
@@ -260,6 +261,9 @@ def _check_of(pipeline: DiffusionPipeline | None, denoiser: torch.nn.Module) -> 
         if owner is not None and owner() is not None:
             check_compiled(owner())
         check_usable(model())
+        for module, hook in attached_hooks(model(), UNIT_HOOK):
+            hook.take_compiled(module)
+        check_compiled_parts(model(), units)
 
     return check
 

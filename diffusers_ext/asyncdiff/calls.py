@@ -107,7 +107,7 @@ class CallTracker:
             self.runs += 1
             scheduler = self._scheduler()
             self._timesteps = scheduler.timesteps
-            self.grid = [float(t) for t in scheduler.timesteps]
+            self.grid = _numbers(scheduler.timesteps)
         value = self._host_value(timestep)
         kind = self._kind(value, sample, others)
         clock = self._clocks.get(kind)
@@ -153,7 +153,7 @@ class CallTracker:
         if timesteps is scheduler.timesteps:
             return True
         # A property that makes them anew at each look.
-        return self.grid != [float(t) for t in timesteps]
+        return self.grid != _numbers(timesteps)
 
     def _kind(self, value: float | None, sample: Any, others: Any) -> Kind:
         context = self.contexts.current
@@ -272,6 +272,10 @@ def shifted(timestep: Any, present: float, wanted: float) -> Any:
     return torch.where(timestep == timestep.max(), torch.as_tensor(wanted, dtype=timestep.dtype), timestep).to(
         timestep.dtype
     )
+
+
+def _numbers(timesteps: Any) -> list[float]:
+    return [float(t) for t in (timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps)]
 
 
 def _close(a: float, b: float) -> bool:

@@ -97,6 +97,7 @@ class AsyncDiffConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not _is_positive(value)):
                 raise ValueError(f"`{name}` must be a finite number above 0, got {value!r}.")
+            object.__setattr__(self, name, None if value is None else float(value))  # equal configs look alike
         if self.timeout_s is None:
             raise ValueError("`timeout_s` must be a finite number above 0, got None.")
         if self.cost not in ("analytic", "measured"):
@@ -180,4 +181,4 @@ def _checked_costs(costs: Any) -> dict[str, float]:
             raise ValueError(f"`cost` must hold finite numbers of at least 0, got {cost!r} for {name!r}.")
     if not any(costs.values()):
         raise ValueError("`cost` must not be 0 for all units.")
-    return dict(costs)
+    return {name: float(costs[name]) for name in sorted(costs)}

@@ -149,7 +149,10 @@ class GuidanceSplit:
         engine.runner.traffic.sent += parcel.nbytes
 
     def _is_joined(self, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether the batch holds the same samples twice, as guidance by one call needs it."""
+        """Whether the batch holds the same noise twice, as guidance by one call needs it.
+
+        Not all channels need be the same: with image conditioning (SVD) those of the image are zero in one half.
+        """
         tensors = tensors_of(read_deferred(self._engine.arguments.sample(args, kwargs)))
         if len(tensors) > 1:  # a list of samples
             half = len(tensors) // 2
@@ -158,4 +161,4 @@ class GuidanceSplit:
         if not tensors or len(tensors[0]) % 2:
             return False
         first, second = tensors[0].chunk(2)
-        return torch.equal(first, second)
+        return bool((first == second).double().mean() >= 0.25)

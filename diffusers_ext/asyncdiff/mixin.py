@@ -97,5 +97,5 @@ class AsyncDiffMixin:
 
 def _without_images(output: Any) -> Any:
     if isinstance(output, BaseOutput):
-        return type(output)(**dict.fromkeys(output.keys()))
+        return type(output)(**dict.fromkeys(field.name for field in dataclasses.fields(output)))
     return (None,) * len(output)

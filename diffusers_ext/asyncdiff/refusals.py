@@ -1,5 +1,7 @@
 """What AsyncDiff does not go together with, found before any work."""
 
+from collections.abc import Sequence
+
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from diffusers import DiffusionPipeline
@@ -48,6 +50,21 @@ def check_compiled(denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline) ->
     for module in candidates:
         if isinstance(module, torch.nn.Module) and unwrap_module(module) is not module:
             raise AsyncDiffError(_COMPILED.format(type(unwrap_module(module)).__name__))
+
+
+def check_compiled_parts(denoiser: torch.nn.Module, units: Sequence[str]) -> None:
+    """Units may be compiled, and what is inside of them; what holds several units may not.
+
+    Raises:
+        AsyncDiffError: a module above a unit is compiled.
+    """
+    above = {name[:end] for name in units for end in range(len(name)) if name[end] == "."}
+    for name in sorted(above):
+        if denoiser.get_submodule(name)._compiled_call_impl is not None:
+            raise AsyncDiffError(
+                f"{name!r} of this {type(denoiser).__name__} is compiled as a whole, but its layers may go to "
+                'different stages. Compile the layers or what is inside of them, or give `granularity="block"`.'
+            )
 
 
 def check_usable(denoiser: torch.nn.Module) -> None:

@@ -153,8 +153,7 @@ class RoundRunner:
             replica = rounds.replica_of(rank)
             if replica is not None:
                 stream.replays[replica] = tensors_of(output)
-        if not rounds.is_last(round_):
-            stream.store = given
+        stream.store = {} if rounds.is_last(round_) else given
 
     def _at_timestep_of(
         self, stream: Stream, clock: Clock, round_: int, rank: int, args: tuple, kwargs: dict[str, Any]

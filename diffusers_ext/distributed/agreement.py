@@ -24,7 +24,9 @@ def digest_of(*values: Any) -> bytes:
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             digest.update(f"{tuple(leaf.shape)} {leaf.dtype}".encode())
-            digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            # A copy: a tensor of one element may count as contiguous with a stride of 0, which no other type can view.
+            whole = leaf.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()
+            digest.update(whole.view(torch.uint8).numpy().tobytes())
         else:
             digest.update(repr(leaf).encode())
     return digest.digest()
