@@ -161,16 +161,19 @@ class Engine:
 
     def _exact(self, stream: Stream, clock: Clock, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A warm-up call. At the last one, what the stages will read in the first round is kept."""
+        stream.note_time(clock.values[-1])
         if self.config.weights == "shard" and self.links is not None:
             return self.runner.exact_in_turn(stream, forward, args, kwargs)
         last = clock.calls == self.config.warmup_steps - 1
         args, kwargs = read_deferred(args), read_deferred(kwargs)
-        if not last and stream.timer is None:
+        # The last two are enough to extrapolate from.
+        kept = last or (self.config.reuse == "linear" and clock.calls == self.config.warmup_steps - 2)
+        if not kept and stream.timer is None:
             return forward(*args, **kwargs)
         output, capture = self.runner.capture(stream, forward, args, kwargs)
-        if last:
-            if stream.plan is None:
-                self._plan_by_time(stream)
+        if last and stream.plan is None:
+            self._plan_by_time(stream)
+        if kept and stream.plan is not None:
             self.runner.adopt(stream, capture, output)
         return output
 

@@ -101,7 +101,16 @@ def enter_scope(tree: Any, scope: GlueScope) -> Any:
 
 
 _PLACE = torch.Tensor.device.__get__
-_SAME_PLACE = {torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.contiguous, torch.Tensor.detach}
+_SAME_PLACE = {torch.Tensor.cpu, torch.Tensor.cuda}
+_NUMBERS = {
+    torch.Tensor.item,
+    torch.Tensor.tolist,
+    torch.Tensor.numpy,
+    torch.Tensor.__bool__,
+    torch.Tensor.__float__,
+    torch.Tensor.__int__,
+    torch.Tensor.__index__,
+}
 _ABOUT = {
     torch.Tensor.shape.__get__,
     torch.Tensor.dtype.__get__,
@@ -167,7 +176,7 @@ def _glue(func: Callable, args: tuple, kwargs: dict) -> Any:
 def _on_shadows(func: Callable, args: tuple, kwargs: dict, wrap: Callable[[Tensor], Tensor]) -> Any:
     """`func` on tensors without numbers; those that it gives are wrapped."""
     with torch._C.DisableTorchFunctionSubclass():
-        if func in (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__bool__, torch.Tensor.numpy):
+        if func in _NUMBERS:
             raise AsyncDiffError(
                 f"The denoiser reads numbers of a unit's output outside of all units (`{func.__name__}`), which a "
                 "rank without that unit cannot. Give `stages=` with larger modules."

@@ -1,6 +1,7 @@
 """What a rank sends to and receives from the others: the outputs of units each round, and the result of each call.
 
-Buffers are made once per plan, two of each: one is read while the other is filled. Everything that is sent is copied
+Buffers are made once per plan, two of each: one is read while the other is filled (and a third where stages
+extrapolate from the latest two). Everything that is sent is copied
 into a buffer first, so that glue which changes a tensor in place does not change the message. The last byte of a
 message says whether the sender was well: a rank that fails in a call still sends what it owes, marked, so that the
 others raise at once and nothing stays pending.
@@ -55,15 +56,15 @@ class Parcel:
 
 
 class _Message:
-    """One parcel between this rank and another, with its two buffers."""
+    """One parcel between this rank and another, with its buffers."""
 
-    def __init__(self, parcel: Parcel, peer: int, tag: int, device: torch.device) -> None:
+    def __init__(self, parcel: Parcel, peer: int, tag: int, depth: int, device: torch.device) -> None:
         self.parcel = parcel
         self.peer = peer
         self.tag = tag
-        self.buffers = [parcel.empty(device) for _ in range(2)]
+        self.buffers = [parcel.empty(device) for _ in range(depth)]
         self.views = [dict(zip(parcel.labels, parcel.views(buffer), strict=True)) for buffer in self.buffers]
-        self.pending: list[Pending | None] = [None, None]
+        self.pending: list[Pending | None] = [None] * depth
         self.missing: set[Label] = set()  # of the tick at work: not yet put
         self.unsent = False
 
@@ -102,6 +103,7 @@ class Mailbox:
         overlap: see `AsyncDiffConfig`.
         pack: put small outputs into one message. Not where a warm-up call exchanges: the receiver of one part may have
             to give something before the other part can be made.
+        depth: how many ticks' messages are kept, 2, or 3 for `take_older`.
         device: of the denoiser.
         traffic: is added to.
     """
@@ -116,6 +118,7 @@ class Mailbox:
         first_tag: int,
         overlap: bool,
         pack: bool,
+        depth: int,
         device: torch.device,
         traffic: Traffic,
     ) -> None:
@@ -123,27 +126,28 @@ class Mailbox:
         self._device = device
         self._traffic = traffic
         self._overlap = overlap
+        self._depth = depth
         self._incoming: list[_Message] = []
         self._outgoing: list[_Message] = []
         self._tick = 0
         self._current = False
         self._exchanged = False
         self._late = False  # the tick's messages are exchanged when the next one begins
-        self.stored: dict[Label, Tensor] = {}  # of the last warm-up call, where this rank computed it itself
+        self._exact: list[dict[Label, Tensor]] = []  # of the last exact calls, where this rank computed them itself
         for tag, (source, target, parcel) in enumerate(_parcels(transfers, rounds, pack), first_tag):
             if source == rank:
-                self._outgoing.append(_Message(parcel, first_peer + target, tag, channel.device))
+                self._outgoing.append(_Message(parcel, first_peer + target, tag, 2, channel.device))
             elif target == rank:
-                self._incoming.append(_Message(parcel, first_peer + source, tag, channel.device))
+                self._incoming.append(_Message(parcel, first_peer + source, tag, depth, channel.device))
         self._by_label = {label: message for message in self._incoming for label in message.parcel.labels}
         self._to_send: dict[Label, list[_Message]] = {}
         for message in self._outgoing:
             for label in message.parcel.labels:
                 self._to_send.setdefault(label, []).append(message)
 
-    def follow(self, stored: dict[Label, Tensor]) -> None:
-        """A run begins; `stored` is what the last exact call gave, for the first round to read."""
-        self.stored = {label: tensor for label, tensor in stored.items() if label in self._by_label}
+    def follow(self, exact: Sequence[dict[Label, Tensor]]) -> None:
+        """A run begins; `exact` is what the last exact calls gave, for the first rounds to read, the latest last."""
+        self._exact = [{label: t for label, t in given.items() if label in self._by_label} for given in exact]
 
     @property
     def incoming(self) -> Iterable[Label]:
@@ -163,21 +167,24 @@ class Mailbox:
             exchange: whether anything is sent at this tick; nothing is in a run's last round.
         """
         if self._late:
-            self._exchange_late((self._tick - 1) % 2)
-        slot = self._tick % 2
+            self._exchange_late()
         self._current = current
         self._exchanged = exchange
         self._late = exchange and not current and not self._overlap
         self._tick += 1
+        if self._tick > 2:
+            self._exact = []
         if not exchange:
             return
         for message in self._outgoing:
+            slot = self._slot(message)
             self._traffic.waited += message.wait(slot)
             message.missing = set(message.parcel.labels)
             message.unsent = True
             message.buffers[slot][-1] = 1
         if self._sends_early and not self._channel.ordered:
             for message in self._incoming:
+                slot = self._slot(message)
                 self._traffic.waited += message.wait(slot)
                 self._post(message, slot)
 
@@ -190,18 +197,23 @@ class Mailbox:
         """An output of this rank's stage."""
         if not self._exchanged:
             return
-        slot = (self._tick - 1) % 2
         for message in self._to_send[label]:
+            slot = self._slot(message)
             message.views[slot][label].copy_(tensor)
             message.missing.discard(label)
             if not message.missing and self._sends_early:
                 self._send(message, slot)
 
+    def _slot(self, message: _Message) -> int:
+        """The buffer of the tick at work."""
+        return (self._tick - 1) % len(message.buffers)
+
     def take(self, label: Label) -> Tensor:
-        """An output of another stage."""
-        if label in self.stored and not self._current:
-            return self.stored.pop(label)
-        slot = (self._tick - (1 if self._current else 2)) % 2
+        """An output of another stage; the buffer itself, which the next message overwrites."""
+        tick = self._tick - (1 if self._current else 2)
+        if tick < 0:
+            return self._exact[tick][label]
+        slot = tick % self._depth
         message = self._by_label[label]
         if self._current and self._channel.ordered:
             self._post(message, slot)
@@ -215,15 +227,24 @@ class Mailbox:
             )
         return message.views[slot][label].to(self._device)
 
+    def take_older(self, label: Label) -> Tensor | None:
+        """The output before that; None where there is none yet."""
+        tick = self._tick - 3
+        if tick < 0:
+            return self._exact[tick].get(label) if len(self._exact) >= -tick else None
+        message = self._by_label[label]
+        message.wait(tick % self._depth)
+        return message.views[tick % self._depth][label].to(self._device)
+
     def finish(self) -> None:
         """The tick's computation is over."""
         if self._exchanged and not self._late and not self._sends_early:
-            self._exchange((self._tick - 1) % 2)
+            self._exchange()
 
     def drain(self) -> None:
         """Wait for everything that is under way."""
         for message in (*self._outgoing, *self._incoming):
-            for slot in range(2):
+            for slot in range(len(message.pending)):
                 message.wait(slot)
 
     def settle(self) -> None:
@@ -231,38 +252,40 @@ class Mailbox:
         self.drain()
         self._tick = 0
         self._exchanged = self._late = False
-        self.stored = {}
+        self._exact = []
 
     def abandon(self) -> None:
         """The call failed: send what is owed, marked as invalid."""
         if not self._exchanged or self._channel.broken:
             return
-        slot = (self._tick - 1) % 2
         for message in self._outgoing:
             if message.unsent:
+                slot = self._slot(message)
                 message.buffers[slot][-1] = 0
                 if self._sends_early:
                     self._send(message, slot)
         if not self._sends_early:
-            self._exchange(slot)
+            self._exchange()
         self._exchanged = self._late = False
 
-    def _exchange_late(self, slot: int) -> None:
+    def _exchange_late(self) -> None:
         """Without overlap: everything of the tick before, and wait for it."""
-        self._exchange(slot)
+        self._exchange()
         for message in (*self._incoming, *self._outgoing):
-            self._traffic.waited += message.wait(slot)
+            self._traffic.waited += message.wait(self._slot(message))
 
-    def _exchange(self, slot: int) -> None:
+    def _exchange(self) -> None:
         messages = sorted(
             [(m.tag, True, m) for m in self._outgoing if m.unsent] + [(m.tag, False, m) for m in self._incoming],
             key=lambda entry: entry[:2],
         )
         for _, sent, message in messages:
-            self._traffic.waited += message.wait(slot) if not sent else 0.0
-        pendings = self._channel.exchange([(sent, m.buffers[slot], m.peer, m.tag, m.what) for _, sent, m in messages])
+            self._traffic.waited += 0.0 if sent else message.wait(self._slot(message))
+        pendings = self._channel.exchange(
+            [(sent, m.buffers[self._slot(m)], m.peer, m.tag, m.what) for _, sent, m in messages]
+        )
         for (_, sent, message), pending in zip(messages, pendings, strict=True):
-            message.pending[slot] = pending
+            message.pending[self._slot(message)] = pending
             self._count(message, sent)
             message.unsent = False
 

@@ -1,6 +1,7 @@
 """The mixin that gives a pipeline `enable_async_diff`."""
 
 import dataclasses
+import json
 from typing import Any
 
 from diffusers.utils import BaseOutput
@@ -74,6 +75,14 @@ class AsyncDiffMixin:
             self._forget_run()
             raise
         return output if decodes else _without_images(output)
+
+    def to_json_string(self) -> str:
+        """For `model_index.json`: that of the base pipeline, which loads without this package."""
+        config = json.loads(super().to_json_string())
+        bases = [cls.__name__ for cls in type(self).__mro__ if cls.__module__.split(".")[0] == "diffusers"]
+        if AsyncDiffMixin in type(self).__bases__ and bases:
+            config["_class_name"] = bases[0]
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def maybe_free_model_hooks(self) -> None:
         """At the end of each call of the pipeline: nothing of the run is kept."""

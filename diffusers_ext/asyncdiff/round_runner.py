@@ -16,6 +16,7 @@ from .lazy_tensor import Placeholder, enter_scope, read_deferred
 from .links import Links, Seat
 from .mailbox import Mailbox, Results, Traffic
 from .partition import Transfer
+from .reuse import extrapolated, extrapolation_weight
 from .stage_forward import Capture, Forward, StageForward
 from .stream import Stream
 from .trace import Label, OutputSpec, tensors_of
@@ -64,10 +65,11 @@ class RoundRunner:
             return forward(*args, **kwargs), capture
 
     def adopt(self, stream: Stream, capture: Capture, output: Any) -> None:
-        """The first round will begin with what the last exact call gave."""
+        """The first rounds will begin with what the last exact calls gave."""
         # What was seen is truer than what was planned (autocast).
         stream.plan = replace(stream.plan, outputs={**stream.plan.outputs, **capture.outputs})
         wanted = {transfer.label for transfer in self._transfers(stream)}
+        stream.older = stream.store
         stream.store = {label: tensor for label, tensor in capture.kept.items() if label in wanted}
         stream.output = OutputSpec.of(output)
 
@@ -101,9 +103,9 @@ class RoundRunner:
             device = self._arguments.device(args, kwargs)
             self._boxes[key] = self._new_mailbox(stream, device), self._new_results(stream, device)
         stream.mailbox, stream.results = self._boxes[key]
-        stream.mailbox.follow(stream.store)
+        stream.mailbox.follow([stream.older, stream.store])
         stream.results.follow(stream.rounds)
-        stream.store = {}
+        stream.store, stream.older = {}, {}
 
     def result(self, stream: Stream, clock: Clock, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of a call after the warm-up; where a round begins with it, the round is computed."""
@@ -112,6 +114,7 @@ class RoundRunner:
             if place == 0:
                 compute = self._play_round if self._links is None else self._compute_round
                 compute(stream, clock, round_, forward, args, kwargs)
+                stream.note_time(clock.values[-1])
             tensors = stream.replays.pop(place) if self._links is None else stream.results.take(place)
         return stream.output.build(tensors)
 
@@ -125,7 +128,14 @@ class RoundRunner:
         output = None
         if rounds.is_needed(round_, rank):
             args, kwargs = self._at_timestep_of(stream, clock, round_, rank, args, kwargs)
-            output = self._forward_as(stream, rank, forward, args, kwargs, mailbox.take, mailbox.put)
+            take = mailbox.take
+            if self._config.reuse == "linear":
+                weight = self._weight(stream, clock)
+
+                def take(label: Label) -> Tensor:
+                    return extrapolated(mailbox.take(label), mailbox.take_older(label), weight)
+
+            output = self._forward_as(stream, rank, forward, args, kwargs, take, mailbox.put)
         replica = rounds.replica_of(rank)
         if replica is not None and replica < rounds.num_results(round_):
             results.put(replica, tensors_of(output))
@@ -137,6 +147,7 @@ class RoundRunner:
     ) -> None:
         """All ranks' parts of a round, one after the other."""
         rounds, given = stream.rounds, {}
+        weight = self._weight(stream, clock) if self._config.reuse == "linear" else 0.0
         for rank in range(rounds.num_ranks):
             if not rounds.is_needed(round_, rank):
                 continue
@@ -147,13 +158,20 @@ class RoundRunner:
                 forward,
                 own_args,
                 own_kwargs,
-                lambda label: stream.store[label].clone(),  # the glue may change it in place, and others read it too
+                # In memory of its own: the glue may change it in place, and others read it too.
+                lambda label: extrapolated(stream.store[label], stream.older.get(label), weight),
                 lambda label, tensor: given.__setitem__(label, tensor.clone()),
             )
             replica = rounds.replica_of(rank)
             if replica is not None:
                 stream.replays[replica] = tensors_of(output)
+        stream.older = stream.store if self._config.reuse == "linear" else {}
         stream.store = {} if rounds.is_last(round_) else given
+
+    def _weight(self, stream: Stream, clock: Clock) -> float:
+        """How far the present call lies beyond the two whose outputs are known."""
+        older, latest = ([None, None] + stream.times)[-2:]
+        return extrapolation_weight(clock.values[-1], latest, older)
 
     def _at_timestep_of(
         self, stream: Stream, clock: Clock, round_: int, rank: int, args: tuple, kwargs: dict[str, Any]
@@ -217,6 +235,7 @@ class RoundRunner:
             self._links.take_tags(len(transfers) * stream.rounds.num_ranks),
             self._config.overlap,
             self._config.weights == "replicate",
+            3 if self._config.reuse == "linear" else 2,
             device,
             self.traffic,
         )

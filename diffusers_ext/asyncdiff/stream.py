@@ -24,6 +24,8 @@ class Stream:
         timer: measures them.
         output: of the denoiser.
         store: what the stages gave in the last round, or in the last exact call; with several ranks only the latter.
+        older: what they gave in the one before, for extrapolation.
+        times: timesteps of the calls that gave both, the older first.
         replays: with `simulate`, results of the calls to come in this round.
         mailbox, results: with several ranks, from the first round on.
     """
@@ -35,9 +37,15 @@ class Stream:
     timer: UnitTimer | None = None
     output: OutputSpec | None = None
     store: dict[Label, Tensor] = field(default_factory=dict)
+    older: dict[Label, Tensor] = field(default_factory=dict)
+    times: list[float | None] = field(default_factory=list)
     replays: dict[int, list[Tensor]] = field(default_factory=dict)
     mailbox: Mailbox | None = None
     results: Results | None = None
+
+    def note_time(self, time: float | None) -> None:
+        """The stages gave their outputs at this timestep."""
+        self.times = [*self.times[-1:], time]
 
     def drain(self) -> None:
         """Wait for activations under way, which perhaps nobody will read any more."""

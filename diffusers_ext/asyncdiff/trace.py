@@ -59,39 +59,38 @@ class OutputSpec:
     """How an output is put together: tensors in some structure, and everything that is no tensor.
 
     Attributes:
-        tensors: of the output, in order.
+        tensors: of the output, in order; one that stands at several places is here once.
         structure: of all leaves.
         others: the leaves, with None where a tensor stands.
-        places: positions of the tensors among the leaves.
+        places: of each leaf, which tensor stands there; None where none does.
     """
 
     tensors: tuple[TensorSpec, ...]
     structure: TreeSpec
     others: tuple[Any, ...]
-    places: tuple[int, ...]
+    places: tuple[int | None, ...]
 
     @classmethod
     def of(cls, output: Any) -> "OutputSpec":
         leaves, structure = tree_flatten(output)
-        places = tuple(index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+        tensors = tensors_of(output)
+        number = {id(tensor): index for index, tensor in enumerate(tensors)}
         return cls(
-            tuple(TensorSpec.of(leaves[index]) for index in places),
+            tuple(map(TensorSpec.of, tensors)),
             structure,
             tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves),
-            places,
+            tuple(number[id(leaf)] if isinstance(leaf, Tensor) else None for leaf in leaves),
         )
 
     def build(self, tensors: Sequence[Tensor]) -> Any:
-        """The output with these tensors."""
-        leaves = list(self.others)
-        for place, tensor in zip(self.places, tensors, strict=True):
-            leaves[place] = tensor
-        return tree_unflatten(leaves, self.structure)
+        """The output with these tensors; glue that changes one in place then changes it at all its places."""
+        placed = zip(self.places, self.others, strict=True)
+        return tree_unflatten([other if i is None else tensors[i] for i, other in placed], self.structure)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
-    """The tensors in a structure, in order."""
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+    """The tensors in a structure, in order, each once."""
+    return list({id(leaf): leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)}.values())
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def trace_denoiser(
         with _kept_attributes(denoiser), _meta_weights(denoiser) as parameters:
             return _run(denoiser, units, call, *_on_meta((args, kwargs)), parameters)
     except ValueError as error:
-        if isinstance(error, _UnitCalledTwice):
+        if isinstance(error, _UnitUnfit):
             raise
         reason: Exception = error
     except Exception as error:  # whatever a model does not do on the meta device
@@ -166,7 +165,7 @@ def trace_denoiser(
     return _run(denoiser, units, call, args, kwargs, parameters)
 
 
-class _UnitCalledTwice(ValueError):
+class _UnitUnfit(ValueError):
     pass
 
 
@@ -213,7 +212,7 @@ class _Watch(TorchFunctionMode):
         self._parameters = parameters
         self._unit: str | None = None
         self._labels: dict[int, frozenset[Label]] = {}
-        self._kept: list[Any] = []  # so that no id is given to another tensor
+        self._sharing: dict[int, list[Tensor]] = {}  # by memory; kept, so that no id is given to another tensor
 
     def labels_of(self, tensor: Tensor) -> frozenset[Label]:
         return self._labels.get(id(tensor), frozenset())
@@ -224,7 +223,7 @@ class _Watch(TorchFunctionMode):
         def enter(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
             nonlocal start
             if name in self.flops:
-                raise _UnitCalledTwice(
+                raise _UnitUnfit(
                     f"The unit {name!r} is called twice in one forward, so it cannot be a unit; give `stages=` with a "
                     "module that holds both calls."
                 )
@@ -238,7 +237,9 @@ class _Watch(TorchFunctionMode):
             self.flops[name] = float(counter.get_total_flops() - start)
             # Objects of their own: a unit that gives back its input must not change what the input derives from.
             with torch._C.DisableTorchFunction():
-                output = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
+                own = {id(tensor): tensor.detach() for tensor in tensors_of(output)}
+            output = tree_map(lambda leaf: own[id(leaf)] if isinstance(leaf, Tensor) else leaf, output)
+            _refuse_hidden_tensors(name, output)
             self.outputs[name] = OutputSpec.of(output)
             for index, tensor in enumerate(tensors_of(output)):
                 self._set(tensor, frozenset((Label(name, index),)))
@@ -267,14 +268,17 @@ class _Watch(TorchFunctionMode):
                 for tensor in (inputs[0], inputs[0]._base):
                     if tensor is not None:
                         self._set(tensor, self.labels_of(tensor) | found)
+                for tensor in self._sharing[_memory(inputs[0])]:  # other views of it
+                    self._set(tensor, self.labels_of(tensor) | found)
         return result
 
     def _union(self, tensors: Sequence[Tensor]) -> frozenset[Label]:
         return frozenset().union(*(self.labels_of(tensor) for tensor in tensors))
 
     def _set(self, tensor: Tensor, labels: frozenset[Label]) -> None:
+        if id(tensor) not in self._labels:
+            self._sharing.setdefault(_memory(tensor), []).append(tensor)
         self._labels[id(tensor)] = labels
-        self._kept.append(tensor)
 
 
 def writes_in_place(func: Callable) -> bool:
@@ -289,6 +293,23 @@ def writes_in_place(func: Callable) -> bool:
             and name not in ("__init__", "__iter__", "__index__", "__invert__")
         )
     )
+
+
+def _memory(tensor: Tensor) -> int:
+    with torch._C.DisableTorchFunction():
+        return tensor.untyped_storage()._cdata
+
+
+def _refuse_hidden_tensors(name: str, output: Any) -> None:
+    """A tensor in an object that torch cannot look into would neither be sent nor replaced."""
+    for leaf in tree_flatten(output)[0]:
+        attributes = getattr(leaf, "__dict__", {}) if not isinstance(leaf, Tensor) else {}
+        hidden = [key for key, value in attributes.items() if tensors_of(value)]
+        if hidden:
+            raise _UnitUnfit(
+                f"The unit {name!r} gives a {type(leaf).__name__} that holds a tensor under {hidden[0]!r}; a unit "
+                "must give tensors, in tuples, lists, dicts or diffusers outputs. Give `stages=` with other modules."
+            )
 
 
 def _named_tensors(denoiser: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -93,13 +93,17 @@ def equal_cases(num_stages: int, stride: int) -> list[Case]:
         for topology in TOPOLOGIES:
             options = {"num_stages": num_stages, "stride": stride, "topology": topology, "time_shift": stride == 2}
             cases += [Case(denoiser, options, other=o) for o in ({}, {"overlap": False}, {"transport": "all"})]
+        linear = {"num_stages": num_stages, "stride": stride, "reuse": "linear", "warmup_steps": 2}
+        cases += [Case(denoiser, linear, other={"overlap": overlap}) for overlap in (True, False)]
     return cases
 
 
 STRIDED = [Case("svd", {"num_stages": 2, "stride": 2, "warmup_steps": 2}, calls=6), *equal_cases(2, 2)]
+# With three stages, one family of each kind over real processes, and all of them in one process.
+ON_THREE_RANKS = ("sd", "svd", "flux", "hunyuan_dit")
 CASES = {
     2: [step_response(n, 2, t) for n in FAMILIES for t in TOPOLOGIES] + equal_cases(2, 1),
-    3: [step_response(n, 3, t) for n in FAMILIES for t in TOPOLOGIES] + equal_cases(3, 1) + STRIDED,
+    3: [step_response(n, 3, t) for n in ON_THREE_RANKS for t in TOPOLOGIES] + equal_cases(3, 1) + STRIDED,
     4: [Case("sd", {"num_stages": 2, "stride": 3}, other={"overlap": o}) for o in (True, False)],
 }
 
@@ -118,8 +122,9 @@ def on_ranks():
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("num_stages", [2, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("num_stages", "family"), [*((2, name) for name in FAMILIES), *((3, name) for name in ON_THREE_RANKS)]
+)
 def test_step_response_shows_lags_skips_and_that_every_tensor_was_sent(on_ranks, family, num_stages, topology):
     case = step_response(family, num_stages, topology)
     denoiser = TINY_DENOISERS[family]()
@@ -128,8 +133,24 @@ def test_step_response_shows_lags_skips_and_that_every_tensor_was_sent(on_ranks,
     for rank in on_ranks(num_stages):
         results, longest_path, _ = rank[case.key]
         assert longest_path == lag
-        settled = [call for call in range(len(plain)) if all(map(torch.equal, results[call], plain[call]))]
-        assert settled == [*range(SWITCH), *range(SWITCH + lag, len(plain))]
+        assert_responds_after(lag, results, plain)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_step_response_with_three_stages_in_one_process(family, topology):
+    case = step_response(family, 3, topology)
+    denoiser = TINY_DENOISERS[family]()
+    plain, _ = call_all(denoiser, inputs_of(case, denoiser)[0], None)
+    results, plan, _ = results_of(case, simulate=True)
+    assert plan.longest_path == (2 if topology == "chain" else 3)
+    assert_responds_after(plan.longest_path, results, plain)
+
+
+def assert_responds_after(lag, results, plain):
+    """The plain result with the first input, and again from `lag` calls after the switch, not one call sooner."""
+    settled = [call for call in range(len(plain)) if all(map(torch.equal, results[call], plain[call]))]
+    assert settled == [*range(SWITCH), *range(SWITCH + lag, len(plain))]
 
 
 @pytest.mark.parametrize(

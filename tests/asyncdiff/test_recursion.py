@@ -16,7 +16,7 @@ STAGES = {
 }
 
 
-def by_formula(toy, split, timesteps, stride, warmup, shift):
+def by_formula(toy, split, timesteps, stride, warmup, shift, linear=False):
     """All eps of a run, by the recursion of the paper: no hook, no engine, one line a layer and round."""
     delta, num_calls, results = int(shift), len(timesteps), []
 
@@ -28,14 +28,24 @@ def by_formula(toy, split, timesteps, stride, warmup, shift):
         joined = torch.cat([middle + 0.5 * first, first], dim=1)
         return first, middle, toy.last(joined, torch.cat([time, time], dim=1))[:, :6]
 
-    sample = SAMPLE
+    def known(history, now):
+        """What the others take for a layer's output: its latest, or a straight line through the latest two."""
+        (earlier, old), (later, new) = history[-2:] if len(history) > 1 else [history[-1]] * 2
+        if not linear or earlier == later:
+            return new
+        beyond = (timesteps[now] - timesteps[later]) / (timesteps[later] - timesteps[earlier])
+        return new + min(beyond, 2.0) * (new - old)  # with a long stride after the warm-up, not further than that
+
+    sample, firsts, middles = SAMPLE, [], []  # each with the calls that gave them
     for call in range(min(warmup, num_calls)):
         first, middle, noise = forward(sample, call)
+        firsts.append((call, first))
+        middles.append((call, middle))
         results.append(noise)
         sample = sample - 0.1 * noise
     for start in range(warmup, num_calls, stride):
         inner = min(start + stride - 1, num_calls - 1) - delta  # what all but the other replicas condition on
-        noises = []
+        first, middle, noises = known(firsts, start), known(middles, start), []
         for replica in range(min(stride, num_calls - start)):
             time = min(start + replica, num_calls - 1) - delta
             if split == "chain of 2":  # the last stage computes the middle anew, on the first of the round before
@@ -44,23 +54,26 @@ def by_formula(toy, split, timesteps, stride, warmup, shift):
                 noises.append(forward(sample, time, first=first, middle=middle)[2])
             else:  # the last stage owns the first layer as well
                 noises.append(forward(sample, time, middle=middle)[2])
-        middle = toy.middle(first, toy.embed(timesteps[inner], sample))  # on the first layer of the round before
-        first = toy.first(sample, toy.embed(timesteps[inner], sample))
+        middles.append(
+            (start, toy.middle(first, toy.embed(timesteps[inner], sample)))
+        )  # on what it knows of the first
+        firsts.append((start, toy.first(sample, toy.embed(timesteps[inner], sample))))
         for noise in noises:
             results.append(noise)
             sample = sample - 0.1 * noise
     return results
 
 
+@pytest.mark.parametrize("reuse", ["hold", "linear"])
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("num_calls", [9, 10, 11])
 @pytest.mark.parametrize("warmup", [1, 3])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("split", STAGES)
-def test_simulated_rounds_equal_the_recursion_written_out(split, stride, warmup, num_calls, shift):
-    timesteps = [float(900 - 70 * i) for i in range(num_calls)]
+def test_simulated_rounds_equal_the_recursion_written_out(split, stride, warmup, num_calls, shift, reuse):
+    timesteps = [float(900 - 70 * i - i * i) for i in range(num_calls)]  # steps of growing length
     with torch.no_grad():
-        expected = by_formula(ToyDenoiser(), split, timesteps, stride, warmup, shift)
+        expected = by_formula(ToyDenoiser(), split, timesteps, stride, warmup, shift, reuse == "linear")
     toy = ToyDenoiser()
     config = AsyncDiffConfig(
         num_stages=len(STAGES[split]),
@@ -69,6 +82,7 @@ def test_simulated_rounds_equal_the_recursion_written_out(split, stride, warmup,
         warmup_steps=warmup,
         time_shift=shift,
         simulate=True,
+        reuse=reuse,
     )
     apply_async_diff(toy, config, scheduler=GridScheduler(timesteps))
     found = euler_run(toy, timesteps, SAMPLE)
@@ -86,10 +100,10 @@ def test_a_single_stage_with_stride_conditions_each_replica_on_its_own_timestep(
     config = AsyncDiffConfig(num_stages=1, stages=[["first", "middle", "last"]], stride=2, simulate=True)
     apply_async_diff(toy, config, scheduler=GridScheduler(timesteps))
     found = euler_run(toy, timesteps, SAMPLE)
-    plain, sample, expected = ToyDenoiser(), SAMPLE, []
+    plain, sample, seen, expected = ToyDenoiser(), SAMPLE, SAMPLE, []
     with torch.no_grad():
         for call, timestep in enumerate(timesteps):
-            seen = sample if call == 0 or (call - 1) % 2 == 0 else seen  # noqa: F821
+            seen = sample if call % 2 else seen  # rounds begin at calls 1, 3, 5
             expected.append(plain(seen, timestep))
             sample = sample - 0.1 * expected[-1]
     for one, other in zip(found, expected, strict=True):
