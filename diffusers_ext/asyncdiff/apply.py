@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from ..distributed import CommunicationError
+from ..distributed import CommunicationError, Members
 from ..hooks import attach, attached_hooks, detach, find_hook
 from ..hooks._compat import unwrap_module
 from ..versions import warn_untested_versions
@@ -22,7 +22,7 @@ from .partition import DenoiserPartition
 from .plan import Plan, make_plan, unit_names
 from .refusals import check_compiled, check_compiled_parts, check_usable, find_denoisers
 from .sample_inputs import sample_inputs
-from .sharding import drop_foreign_weights, fetch_weights
+from .sharding import drop_foreign_weights, fetch_weights, move_kept_weights
 from .stats import AsyncDiffStats
 from .trace import trace_denoiser
 
@@ -33,14 +33,15 @@ logger = logging.getLogger(__name__)
 class AsyncDiffHandle:
     """What `apply_async_diff` gives: a look at the plan and at what was done."""
 
-    def __init__(self, engines: list[Engine]) -> None:
+    def __init__(self, engines: list[Engine], pipeline: DiffusionPipeline | None = None) -> None:
         self._engines = engines
+        self._pipeline = pipeline
 
     @property
     def plan(self) -> DenoiserPartition | None:
         """How the denoiser is cut: after the first call at that call's sizes, before it at the model's usual size.
 
-        Of the first denoiser where a pipeline has two; None with one stage, and where only a call can tell.
+        Of the first denoiser where a pipeline has two; None where only a call can tell.
         """
         engine = self._engines[0]
         planner = engine.planner
@@ -62,6 +63,19 @@ class AsyncDiffHandle:
         summed.bytes_sent = sum(part.bytes_sent for part in parts)
         summed.bytes_received = sum(part.bytes_received for part in parts)
         return summed
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the weights that this rank keeps, and the pipeline's other components, with `weights="shard"`.
+
+        The model then never has to fit a device as a whole: load it on the CPU, apply, move. (`pipe.to` would fail at
+        the parameters that are not there.)
+        """
+        for engine in self._engines:
+            move_kept_weights(engine.denoiser, device)
+        sharded = [engine.denoiser for engine in self._engines]
+        for component in () if self._pipeline is None else self._pipeline.components.values():
+            if isinstance(component, torch.nn.Module) and unwrap_module(component) not in sharded:
+                component.to(device)
 
     def reset(self) -> None:
         """See `reset_async_diff`."""
@@ -110,7 +124,7 @@ def apply_async_diff(
     plans = [_plan_ahead(d, config, names) if sharded else None for d, names in zip(denoisers, units, strict=True)]
 
     seat = Seat(0) if members is None else find_seat(config, members)
-    device = next(denoisers[0].parameters()).device
+    device = _device_of(denoisers[0], members, sharded)
     links = None
     if members is not None:
         try:
@@ -133,11 +147,13 @@ def apply_async_diff(
     for engine in engines:
         if engine.planner.fixed is not None:
             engine.dropped = drop_foreign_weights(engine.denoiser, engine.planner.fixed, engine.stage)
-    return AsyncDiffHandle(engines)
+    return AsyncDiffHandle(engines, pipeline)
 
 
 def remove_async_diff(denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline) -> None:
     """Take AsyncDiff off: afterwards output and `vars()` of every module are what they were before.
+
+    Of a pipeline's apply everything goes, also when one of its denoisers is given.
 
     With `weights="shard"` every rank must call it, since the parameters come back from those who kept them; else each
     rank does for itself. A second call does nothing and warns.
@@ -149,33 +165,33 @@ def remove_async_diff(denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline)
     if not engines:
         logger.warning("AsyncDiff is not applied, so there is nothing to remove.")
         return
+    engines = [engines[0], *engines[0].siblings]  # all of one apply, also where only one denoiser is given
     for engine in engines:
         try:
             engine.reset()
         except CommunicationError as error:
             logger.warning("%s", error)
         if engine.dropped:
-            try:
-                if engine.links.broken:
-                    raise CommunicationError("a message failed", rank=engine.seat.rank, peer=None, what="the weights")
-                fetch_weights(
-                    engine.denoiser, engine.planner.fixed, engine.dropped, engine.links.control, engine.seat.first_peer
-                )
-            except CommunicationError as error:
-                raise AsyncDiffCommunicationError(
-                    f"The sharded weights cannot be fetched back: {error}. Load the model anew.",
-                    rank=error.rank,
-                    stage=engine.stage,
-                    step=None,
-                    peer=error.peer,
-                ) from error
-    for engine in engines:
-        detach(engine.denoiser, ROOT_HOOK)
-        detach(engine.denoiser, UNIT_HOOK)
-    for auxiliary in _auxiliaries(denoiser_or_pipeline):
-        detach(auxiliary, AUXILIARY_HOOK)
+            _fetch_weights(engine)
+    for module, name in reversed(engines[0].attached):
+        detach(module, name)
     if engines[0].links is not None:
         engines[0].links.close()
+
+
+def _fetch_weights(engine: Engine) -> None:
+    try:
+        if engine.links.broken:
+            raise CommunicationError("a message failed", rank=engine.seat.rank, peer=None, what="the weights")
+        fetch_weights(engine.denoiser, engine.planner.fixed, engine.links.control)
+    except CommunicationError as error:
+        raise AsyncDiffCommunicationError(
+            f"The sharded weights cannot be fetched back: {error}. Load the model anew.",
+            rank=error.rank,
+            stage=engine.stage,
+            step=None,
+            peer=error.peer,
+        ) from error
 
 
 def reset_async_diff(denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline) -> None:
@@ -229,20 +245,28 @@ def _attach(engines: list[Engine], pipeline: DiffusionPipeline | None, config: A
             modules = dict(engine.denoiser.named_modules())
             put(engine.denoiser, UNIT_HOOK, [(modules[name], UnitHook(engine.runner, name)) for name in engine.units])
             put(engine.denoiser, ROOT_HOOK, [(engine.denoiser, RootHook(engine))])
-        if config.skip_auxiliary and pipeline is not None:
+        if config.skip_auxiliary:
             for auxiliary in _auxiliaries(pipeline):
                 put(auxiliary, AUXILIARY_HOOK, [(auxiliary, AuxiliaryHook())])
     except BaseException:
         for root, name in reversed(attached):
             detach(root, name)
         raise
+    for engine in engines:
+        engine.attached = attached
 
 
-def _auxiliaries(pipeline: Any) -> list[torch.nn.Module]:
-    if not isinstance(pipeline, DiffusionPipeline):
-        return []
+def _auxiliaries(pipeline: DiffusionPipeline | None) -> list[torch.nn.Module]:
     found = [getattr(pipeline, name, None) for name in AUXILIARY_COMPONENTS]
     return [unwrap_module(module) for module in found if isinstance(module, torch.nn.Module)]
+
+
+def _device_of(denoiser: torch.nn.Module, members: Members | None, sharded: bool) -> torch.device:
+    """Where the tensors that are sent will lie: sharded weights may not have been moved yet."""
+    device = next(denoiser.parameters()).device
+    if sharded and device.type == "cpu" and members is not None and members.on_accelerator:
+        return torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
+    return device
 
 
 def _scheduler_of(pipeline: DiffusionPipeline | None, scheduler: Any) -> Callable[[], Any]:

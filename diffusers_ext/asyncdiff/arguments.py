@@ -83,8 +83,8 @@ class Arguments:
         named = self.named(args, kwargs)
         timestep = self.timestep(args, kwargs)
         leaves, structure = tree_flatten(named)
-        looks = tuple(None if leaf is timestep and not isinstance(leaf, Tensor) else _look(leaf) for leaf in leaves)
-        sample = tuple(_look(tensor) for tensor in tensors_of(self.sample(args, kwargs)))
+        looks = tuple(None if leaf is timestep and not isinstance(leaf, Tensor) else look_of(leaf) for leaf in leaves)
+        sample = tuple(look_of(tensor) for tensor in tensors_of(self.sample(args, kwargs)))
         return Signature(sample, str(structure), looks)
 
     def _first_of(self, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -92,7 +92,8 @@ class Arguments:
         return next((named[name] for name in names if name in named), None)
 
 
-def _look(leaf: Any) -> Any:
+def look_of(leaf: Any) -> Any:
+    """All of a leaf that may change what is computed, but for a tensor's numbers."""
     if isinstance(leaf, Tensor):
         return tuple(leaf.shape), str(leaf.dtype), str(leaf.device)
     if isinstance(leaf, bool | int | str | None):

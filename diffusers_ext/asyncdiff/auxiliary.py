@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from ..hooks import GuardedHook
 from ..hooks._compat import ACCELERATE_FORWARD_ATTRIBUTE
+from .arguments import look_of
 from .lazy_tensor import deferred
 from .trace import OutputSpec, tensors_of
 
@@ -80,8 +81,4 @@ class _Once:
 
 def _looks(args: tuple, kwargs: dict[str, Any]) -> tuple:
     leaves, structure = tree_flatten((args, kwargs))
-    looks = tuple(
-        (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else type(leaf)
-        for leaf in leaves
-    )
-    return str(structure), looks
+    return str(structure), tuple(map(look_of, leaves))

@@ -207,7 +207,9 @@ class CallTracker:
         begin = getattr(self._scheduler(), "begin_index", None)
         if clock is None and begin is not None and begin < len(self.grid) and self._fits(begin, value):
             return begin
-        return next((place for place in range(len(self.grid)) if self._fits(place, value)), None)
+        # Neighbours in a long list fit as well.
+        fits = [place for place in range(len(self.grid)) if self._fits(place, value)]
+        return min(fits, key=lambda place: abs(self._given(place) - value), default=None)
 
     def _find_relation(self, value: float) -> tuple[float, float] | None:
         """(factor, offset): pipelines pass timesteps on, divide them (Flux), or count from the clean end (Z-Image)."""

@@ -67,7 +67,8 @@ class Engine:
         if links is not None:
             self.stats.rank, self.stats.stage = seat.rank, self.stage
         self.siblings: list[Engine] = []  # the pipeline's other denoisers, which take turns with this one
-        self.dropped: dict[str, int] = {}  # parameters that other ranks keep, see `sharding`
+        self.attached: list[tuple[torch.nn.Module, str]] = []  # all that was put on by the same apply
+        self.dropped = 0  # parameters that other ranks keep, see `sharding`
         self._check = check
         self._streams: dict[Kind, Stream] = {}
         self._broken: str | None = None
@@ -87,8 +88,8 @@ class Engine:
         """One call of the denoiser; `forward` is what it computes without AsyncDiff."""
         if self._broken is not None:
             raise AsyncDiffError(
-                f"The ranks can no longer reach each other ({self._broken}); call `remove_async_diff`, and apply "
-                "again in new processes."
+                f"An earlier call failed between the ranks ({self._broken}), so they no longer stand at the same "
+                "place; call `remove_async_diff`, and apply again on all ranks (in new processes, if one is gone)."
             )
         traffic = self.runner.traffic
         started, waited = time.perf_counter(), traffic.waited
@@ -203,6 +204,8 @@ class Engine:
             if self.links is not None and not self.links.broken:
                 for stream in self._streams.values():
                     stream.abandon()
+                if self._guidance is not None:
+                    self._guidance.abandon()
                 if not isinstance(error, CommunicationError):
                     self._end_streams()
         except CommunicationError as second:

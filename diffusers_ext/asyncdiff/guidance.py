@@ -1,5 +1,6 @@
 """Classifier-free guidance over two groups of ranks: each takes one half of the batch, or one kind of call. Exact."""
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .lazy_tensor import deferred, read_deferred
+from ..distributed import CommunicationError, Pending
+from .calls import Kind
+from .lazy_tensor import deferred
 from .mailbox import Parcel
 from .trace import Label, OutputSpec, tensors_of
 
@@ -15,6 +18,7 @@ from .trace import Label, OutputSpec, tensors_of
 if TYPE_CHECKING:
     from .engine import Engine
 
+logger = logging.getLogger(__name__)
 
 # Arguments of the positions of tokens, which all samples of a batch share.
 _POSITIONS = ("rotary", "rope", "freqs", "img_ids", "txt_ids")
@@ -23,81 +27,102 @@ _POSITIONS = ("rotary", "rope", "freqs", "img_ids", "txt_ids")
 class GuidanceSplit:
     """Between the denoiser's call and the engine of a half.
 
-    Pipelines that join the conditional and the unconditional sample in one batch have it cut in two. Those that call
-    the denoiser for each get, for the call that the other group computes, a tensor whose numbers are waited for when
-    they are first read.
+    An even batch is cut in two, which is exact whatever it holds; pipelines that join the conditional and the
+    unconditional sample have one. Of other calls each group computes some kinds, and gets for those of the other group
+    a tensor whose numbers are waited for when they are first read.
 
     Args:
         engine: of this rank.
+
+    Attributes:
+        inputs: the arguments of the call at work, whole, which the ranks must agree about.
     """
 
     def __init__(self, engine: "Engine") -> None:
         self._engine = engine
         self._tags = engine.links.take_tags(2)
-        self._kinds: dict[Any, int] = {}  # which group computes a kind of call
+        self._kinds: dict[Kind, int] = {}  # which group computes a kind of call
         self._outputs: dict[Any, OutputSpec] = {}
-        self._joined: bool | None = None
-        self._going: list[Any] = []
-        self.inputs: tuple[tuple, dict[str, Any]] = ((), {})  # what the ranks must agree about
+        self._owed: OutputSpec | None = None  # what the partner waits for at the present call
+        self._going: list[Pending] = []
+        self._halved = False
+        self._warned = False
+        self.inputs: tuple[tuple, dict[str, Any]] = ((), {})
 
     def reset(self, settle: bool = True) -> None:
-        """The next call decides anew how guidance is done; `settle` waits for what is under way."""
+        """The run is over; `settle` waits for what is under way."""
         if settle:
             self._settle()
-        self._going = []
-        self._joined = None
-        self._kinds = {}
+        if len(self._kinds) == 1 and not self._halved and not self._warned:
+            self._warned = True
+            logger.warning(
+                "`guidance_parallel` had nothing to split in a run: one call a step, with an odd batch. The second "
+                "group of ranks waited for the first; leave it out where there is no guidance."
+            )
+        self._kinds, self._halved = {}, False
+        self._going, self._owed = [], None
+        self.inputs = ((), {})
+
+    def abandon(self) -> None:
+        """The call failed: tell the partner, which would wait."""
+        if self._owed is not None and not self._engine.links.results.broken:
+            parcel = _parcel(self._owed)
+            self._send(parcel, parcel.empty(self._engine.links.results.device))
 
     def __call__(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        engine = self._engine
-        if self._joined is None or engine.tracker.is_new_run():
+        if self._engine.tracker.is_new_run():
             self.reset()
-            self._joined = self._is_joined(args, kwargs)
         self._settle()
         self.inputs = (args, kwargs)
-        return (self._half if self._joined else self._kind)(forward, args, kwargs)
+        samples = self._num_samples(args, kwargs)
+        return (self._half if samples % 2 == 0 else self._kind)(forward, args, kwargs)
 
-    def _settle(self) -> None:
-        going, self._going = self._going, []
-        for pending in going:
-            self._engine.runner.traffic.waited += pending.wait()
+    def _num_samples(self, args: tuple, kwargs: dict[str, Any]) -> int:
+        sample = self._engine.arguments.sample(args, kwargs)
+        return len(sample)  # of a tensor's first dimension, or of a list (Z-Image)
+
+    # One half of the batch
 
     def _half(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """This group's half of the batch, and the other's from its partner."""
+        """This group's half, and the other's from its partner."""
         engine = self._engine
-        samples = len(tensors_of(engine.arguments.sample(args, kwargs))[0])
+        self._halved = True
+        self._owed = self._outputs.get("half")
+        in_list = isinstance(engine.arguments.sample(args, kwargs), list)
+        samples = self._num_samples(args, kwargs)
         named = engine.arguments.named(args, kwargs)
-        halves = {name: self._half_of(name, value, samples) for name, value in named.items()}
+        halves = {name: self._half_of(name, value, samples, in_list) for name, value in named.items()}
         output = engine.run(forward, (), halves)
+        self._outputs["half"] = spec = OutputSpec.of(output)
         own = tensors_of(output)
-        other = self._exchange(own)
-        whole = [
-            torch.cat([own[i], other[i]] if engine.seat.half == 0 else [other[i], own[i]]) for i in range(len(own))
-        ]
-        return OutputSpec.of(output).build(whole)
+        parcel, buffer, pending = self._receive(spec)
+        self._give(own)
+        other = self._read(parcel, buffer, pending, own[0].device)
+        pair = (own, other) if engine.seat.half == 0 else (other, own)
+        if in_list:  # the output holds one list, in some structure
+            return tree_map(
+                lambda part: pair[0] + pair[1] if isinstance(part, list) else part,
+                output,
+                is_leaf=lambda part: isinstance(part, list),
+            )
+        return spec.build([torch.cat(both) for both in zip(*pair, strict=True)])
 
-    def _half_of(self, name: str, value: Any, samples: int) -> Any:
+    def _half_of(self, name: str, value: Any, samples: int, in_list: bool) -> Any:
         if any(part in name for part in _POSITIONS):
             return value
         half = self._engine.seat.half
+        if in_list and isinstance(value, list) and len(value) == samples:
+            return value[: samples // 2] if half == 0 else value[samples // 2 :]
 
         def cut(leaf: Any) -> Any:
             # Frames of a video may be rows of their own: a multiple of the samples.
-            if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] % samples == 0:
+            if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] and leaf.shape[0] % samples == 0:
                 return leaf.chunk(2)[half]
             return leaf
 
-        if isinstance(value, list) and len(value) == samples:  # one tensor a sample (Z-Image)
-            return value[: samples // 2] if half == 0 else value[samples // 2 :]
         return tree_map(cut, value)
 
-    def _exchange(self, own: list[Tensor]) -> list[Tensor]:
-        """The partner's tensors for mine, which look alike."""
-        parcel, buffer, pending = self._receive(OutputSpec.of(own))
-        self._send(own)
-        self._engine.runner.traffic.waited += pending.wait()
-        self._settle()
-        return [view.to(own[0].device) for view in parcel.views(buffer)]
+    # One kind of call
 
     def _kind(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A whole call by one of the groups; the warm-up by both."""
@@ -109,17 +134,17 @@ class GuidanceSplit:
             output = engine.run_located(located, forward, args, kwargs)
             self._outputs[kind] = OutputSpec.of(output)
             return output
-        if owner == engine.seat.half:
-            output = engine.run_located(located, forward, args, kwargs)
-            self._send(tensors_of(output))
-            return output
         spec = self._outputs[kind]
+        if owner == engine.seat.half:
+            self._owed = spec
+            output = engine.run_located(located, forward, args, kwargs)
+            self._give(tensors_of(output))
+            return output
         parcel, buffer, pending = self._receive(spec)
-        device = tensors_of(engine.arguments.sample(args, kwargs))[0].device
+        device = engine.arguments.device(args, kwargs)
 
         def read(index: int) -> Tensor:
-            engine.runner.traffic.waited += pending.wait()
-            return parcel.views(buffer)[index].to(device)
+            return self._read(parcel, buffer, pending, device)[index]
 
         return spec.build(
             [
@@ -128,37 +153,49 @@ class GuidanceSplit:
             ]
         )
 
-    def _receive(self, spec: OutputSpec) -> tuple[Parcel, Tensor, Any]:
+    # Messages between partners
+
+    def _receive(self, spec: OutputSpec) -> tuple[Parcel, Tensor, Pending]:
         engine = self._engine
-        parcel = Parcel(tuple(Label("the other half of guidance", i) for i in range(len(spec.tensors))), spec.tensors)
+        parcel = _parcel(spec)
         buffer = parcel.empty(engine.links.results.device)
         tag = self._tags + (1 - engine.seat.half)
         pending = engine.links.results.receive(buffer, engine.seat.partner, tag, "the other half of guidance")
         engine.runner.traffic.received += parcel.nbytes
         return parcel, buffer, pending
 
-    def _send(self, tensors: list[Tensor]) -> None:
+    def _read(self, parcel: Parcel, buffer: Tensor, pending: Pending, device: torch.device) -> list[Tensor]:
         engine = self._engine
-        spec = OutputSpec.of(list(tensors))
-        parcel = Parcel(tuple(Label("guidance", i) for i in range(len(tensors))), spec.tensors)
-        buffer = parcel.empty(engine.links.results.device)
+        engine.runner.traffic.waited += pending.wait()
+        if buffer.device.type == "cpu" and not buffer[-1]:
+            raise CommunicationError(
+                f"Rank {engine.seat.partner} failed in its half of guidance.",
+                rank=engine.links.members.rank,
+                peer=engine.seat.partner,
+                what="the other half of guidance",
+            )
+        return [view.to(device) for view in parcel.views(buffer)]
+
+    def _give(self, tensors: list[Tensor]) -> None:
+        parcel = _parcel(OutputSpec.of(list(tensors)))
+        buffer = parcel.empty(self._engine.links.results.device)
         for view, tensor in zip(parcel.views(buffer), tensors, strict=True):
             view.copy_(tensor)
+        buffer[-1] = 1
+        self._send(parcel, buffer)
+
+    def _send(self, parcel: Parcel, buffer: Tensor) -> None:
+        engine = self._engine
+        self._owed = None
         tag = self._tags + engine.seat.half
         self._going.append(engine.links.results.send(buffer, engine.seat.partner, tag, "its half of guidance"))
         engine.runner.traffic.sent += parcel.nbytes
 
-    def _is_joined(self, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether the batch holds the same noise twice, as guidance by one call needs it.
+    def _settle(self) -> None:
+        going, self._going = self._going, []
+        for pending in going:
+            self._engine.runner.traffic.waited += pending.wait()
 
-        Not all channels need be the same: with image conditioning (SVD) those of the image are zero in one half.
-        """
-        tensors = tensors_of(read_deferred(self._engine.arguments.sample(args, kwargs)))
-        if len(tensors) > 1:  # a list of samples
-            half = len(tensors) // 2
-            pairs = zip(tensors[:half], tensors[half:], strict=False)
-            return len(tensors) % 2 == 0 and all(torch.equal(a, b) for a, b in pairs)
-        if not tensors or len(tensors[0]) % 2:
-            return False
-        first, second = tensors[0].chunk(2)
-        return bool((first == second).double().mean() >= 0.25)
+
+def _parcel(spec: OutputSpec) -> Parcel:
+    return Parcel(tuple(Label("guidance", index) for index in range(len(spec.tensors))), spec.tensors)

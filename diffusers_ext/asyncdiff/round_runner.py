@@ -45,7 +45,7 @@ class RoundRunner:
         self._tracker = tracker
         self._links = links
         self._seat = seat
-        self._boxes: dict[Any, tuple[Mailbox, Results]] = {}
+        self._boxes: dict[Kind, tuple[Any, Mailbox, Results]] = {}
         self.active: Forward | None = None
         self.traffic = Traffic()
 
@@ -98,11 +98,12 @@ class RoundRunner:
         """The first round begins: connect what the plan wants connected; buffers are made once per plan."""
         if self._links is None or stream.mailbox is not None:
             return
-        key = (kind, stream.signature, stream.plan.partition, stream.output.tensors)
-        if key not in self._boxes:
+        key = (stream.signature, stream.plan.partition, stream.output.tensors)
+        known = self._boxes.get(kind)
+        if known is None or known[0] != key:  # the buffers of another size are let go of
             device = self._arguments.device(args, kwargs)
-            self._boxes[key] = self._new_mailbox(stream, device), self._new_results(stream, device)
-        stream.mailbox, stream.results = self._boxes[key]
+            known = self._boxes[kind] = (key, self._new_mailbox(stream, device), self._new_results(stream, device))
+        _, stream.mailbox, stream.results = known
         stream.mailbox.follow([stream.older, stream.store])
         stream.results.follow(stream.rounds)
         stream.store, stream.older = {}, {}

@@ -1,63 +1,64 @@
 """`weights="shard"`: each rank keeps its own stage's parameters and what lies outside of all units."""
 
-import logging
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from ..distributed import Channel
+from ..distributed import Channel, check_agreement, digest_of
 from .plan import Plan
 
 
-logger = logging.getLogger(__name__)
-
-
-def drop_foreign_weights(denoiser: torch.nn.Module, plan: Plan, stage: int) -> dict[str, int]:
-    """Put the parameters and buffers of the other stages' units on the meta device.
+def drop_foreign_weights(denoiser: torch.nn.Module, plan: Plan, stage: int) -> int:
+    """Put the parameters and buffers of the other stages' units on the meta device, each object remaining itself.
 
     A parameter that glue reads, or that a unit of the own stage shares, stays.
 
     Returns:
-        by name of what was dropped, the stage that keeps it.
+        how many were dropped.
     """
-    dropped: dict[str, int] = {}
     kept: set[int] = set()
     for name, tensor in _named_tensors(denoiser):
-        owner = _owner(name, plan)
-        if owner in (None, stage) or name in plan.glue_parameters:
+        if _owner(name, plan) in (None, stage) or name in plan.glue_parameters:
             kept.add(id(tensor))
-    for name, tensor in _named_tensors(denoiser):
-        owner = _owner(name, plan)
-        if owner in (None, stage) or id(tensor) in kept:
-            continue
-        dropped[name] = owner
-        _replace(denoiser, name, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"))
-    return dropped
+    foreign = {id(tensor): tensor for _, tensor in _named_tensors(denoiser) if id(tensor) not in kept}
+    for tensor in foreign.values():
+        _swap(tensor, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"))
+    return len(foreign)
 
 
-def fetch_weights(
-    denoiser: torch.nn.Module, plan: Plan, dropped: dict[str, int], channel: Channel, first_peer: int
-) -> None:
+def fetch_weights(denoiser: torch.nn.Module, plan: Plan, channel: Channel) -> None:
     """Get back what was dropped, from the ranks that kept it; every rank calls it.
 
+    What was added since (LoRA) and is on all ranks stays as it is.
+
     Raises:
-        CommunicationError: a rank does not take part.
+        CommunicationError: a rank does not take part, or has other parameters.
     """
-    device = next((p.device for p in denoiser.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    for name, tensor in list(_named_tensors(denoiser)):
+    device = next((p.device for p in denoiser.parameters() if not p.is_meta), torch.device("cpu"))
+    tensors = list(_named_tensors(denoiser))
+    check_agreement(channel, {"parameters to fetch back": digest_of([name for name, _ in tensors])})
+    missing = torch.tensor([tensor.is_meta for _, tensor in tensors], dtype=torch.uint8)
+    wanted = torch.stack(channel.gather(missing, "which weights are missing")).amax(dim=0).tolist()
+    for (name, tensor), needed in zip(tensors, wanted, strict=True):
         owner = _owner(name, plan)
-        if owner is None or name in plan.glue_parameters:
+        if not needed or owner is None:
             continue
-        whole = (
-            torch.empty(tensor.shape, dtype=tensor.dtype) if name in dropped else tensor.detach().to("cpu", copy=True)
-        )
-        channel.broadcast(
-            whole.contiguous() if name not in dropped else whole, first_peer + owner, f"the weights {name!r}"
-        )
-        if name in dropped:
-            _replace(denoiser, name, whole.to(device))
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+        whole = empty if tensor.is_meta else tensor.detach().to("cpu").contiguous().clone()
+        channel.broadcast(whole, owner, f"the weights {name!r}")  # with two groups, both from the first
+        if tensor.is_meta:
+            _swap(tensor, whole.to(device))
 
 
-def _named_tensors(denoiser: torch.nn.Module):
+def move_kept_weights(denoiser: torch.nn.Module, device: torch.device | str) -> None:
+    """`denoiser.to(device)` for what is there; the rest stays without numbers."""
+    for _, tensor in _named_tensors(denoiser):
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
+
+
+def _named_tensors(denoiser: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from denoiser.named_parameters(remove_duplicate=False)
     yield from denoiser.named_buffers(remove_duplicate=False)
 
@@ -72,12 +73,8 @@ def _owner(name: str, plan: Plan) -> int | None:
     return None
 
 
-def _replace(denoiser: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Give a parameter's or buffer's own object other numbers, so that whoever holds it sees the same object."""
-    path, _, key = name.rpartition(".")
-    module = denoiser.get_submodule(path)
-    old = module._parameters.get(key, module._buffers.get(key))
-    if isinstance(old, torch.nn.Parameter):
-        module._parameters[key] = torch.nn.Parameter(tensor, requires_grad=old.requires_grad)
-    else:
-        module._buffers[key] = tensor
+def _swap(tensor: Tensor, content: Tensor) -> None:
+    """Give a parameter or buffer other numbers; who holds the object, or ties it to another module, sees them too."""
+    if isinstance(tensor, torch.nn.Parameter):
+        content = torch.nn.Parameter(content, requires_grad=tensor.requires_grad)
+    torch.utils.swap_tensors(tensor, content)

@@ -13,11 +13,12 @@ from .channel import Channel
 from .errors import CommunicationError
 
 
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _SIZE = 16  # bytes of a digest
 
 
 def digest_of(*values: Any) -> bytes:
-    """16 bytes that depend on every tensor's bits, shape and type and on everything else by its `repr`."""
+    """16 bytes that depend on every tensor's bits, shape and type, on plain values, and on other objects' class."""
     digest = hashlib.blake2b(digest_size=_SIZE)
     leaves, spec = tree_flatten(values)
     digest.update(str(spec).encode())
@@ -28,7 +29,8 @@ def digest_of(*values: Any) -> bytes:
             whole = leaf.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()
             digest.update(whole.view(torch.uint8).numpy().tobytes())
         else:
-            digest.update(repr(leaf).encode())
+            plain = isinstance(leaf, _PLAIN)
+            digest.update((repr(leaf) if plain else type(leaf).__qualname__).encode())  # a repr may hold an address
     return digest.digest()
 
 

@@ -80,7 +80,7 @@ class Channel:
         self.members = members
         self.timeout = datetime.timedelta(seconds=timeout_s)
         self.broken = False
-        on_device = torch.device(device).type != "cpu" and "nccl" in str(dist.get_backend(members.group))
+        on_device = torch.device(device).type != "cpu" and members.on_accelerator
         self.device = torch.device(device) if on_device else torch.device("cpu")
         self.ordered = on_device
         # Where others are not asked, torch names the group by its ranks, and a second group of the name of one that is

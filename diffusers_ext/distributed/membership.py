@@ -40,6 +40,7 @@ class Members:
         """Of the members, in their order, within all processes."""
         return dist.get_process_group_ranks(self.group)
 
-    def part(self, first: int, size: int) -> "Members":
-        """`size` consecutive members from `first`; they share the group, so ranks in it stay those of the whole."""
-        return Members(self.rank - first, size, self.group)
+    @property
+    def on_accelerator(self) -> bool:
+        """Whether the group's messages go from device to device (nccl)."""
+        return "nccl" in str(dist.get_backend(self.group))

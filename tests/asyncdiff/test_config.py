@@ -21,6 +21,7 @@ CHOICES = {
     "weights": ["replicate", "shard"],
     "transport": ["needed", "all"],
     "input_check": ["check", "broadcast", "off"],
+    "reuse": ["hold", "linear"],
 }
 NAN, INF = math.nan, math.inf
 

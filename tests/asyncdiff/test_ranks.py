@@ -188,6 +188,7 @@ class Shard:
     results: list[list[torch.Tensor]]
     resident: int
     meta: list[str]
+    same_objects: bool
     keys_before: list[str]
     keys_between: list[str]
     after: dict[str, torch.Tensor]
@@ -198,6 +199,7 @@ def shard(rank: int, world_size: int, name: str, stages: Any, topology: str) -> 
 
     denoiser = TINY_DENOISERS[name]()
     keys_before = list(denoiser.state_dict())
+    objects = [id(tensor) for tensor in (*denoiser.parameters(), *denoiser.buffers())]
     config = AsyncDiffConfig(
         num_stages=world_size, stages=stages, topology=topology, weights="shard", warmup_steps=2, timeout_s=60
     )
@@ -210,7 +212,8 @@ def shard(rank: int, world_size: int, name: str, stages: Any, topology: str) -> 
     again, _ = call_all(denoiser, calls, None)
     assert all(torch.equal(a, b) for x, y in zip(results, again, strict=True) for a, b in zip(x, y, strict=True))
     remove_async_diff(denoiser)
-    return Shard(results, resident, meta, keys_before, keys_between, dict(denoiser.state_dict()))
+    same = objects == [id(tensor) for tensor in (*denoiser.parameters(), *denoiser.buffers())]
+    return Shard(results, resident, meta, same, keys_before, keys_between, dict(denoiser.state_dict()))
 
 
 @pytest.mark.parametrize(("name", "topology"), [("sd", "wrap"), ("dit", "chain")])
@@ -226,7 +229,7 @@ def test_sharded_weights_give_the_same_and_come_back(name, topology):
     ranks = run_on_ranks(shard, 2, name, stages, topology)
     for rank in ranks:
         assert rank.meta and rank.resident < total
-        assert rank.keys_between == rank.keys_before
+        assert rank.keys_between == rank.keys_before and rank.same_objects
         for one, other in zip(rank.results, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
         state = denoiser.state_dict()
