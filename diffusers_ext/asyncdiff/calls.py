@@ -46,6 +46,7 @@ class Clock:
         place: of the latest call.
         values: timesteps passed, by call.
         num_calls: T as far as the scheduler tells, else None.
+        rises: whether timesteps go up, where no scheduler tells; None until two differ.
     """
 
     calls: int = 0
@@ -53,6 +54,7 @@ class Clock:
     place: int | None = None
     values: list[float | None] = field(default_factory=list)
     num_calls: int | None = None
+    rises: bool | None = None
 
 
 class CallTracker:
@@ -242,7 +244,11 @@ class CallTracker:
         if self.grid is not None:
             return False  # the scheduler's own timesteps tell, and these are not among them
         previous = clock.values[-1]
-        return value is not None and previous is not None and value > previous
+        if value is None or previous is None or value == previous:
+            return False
+        if clock.rises is None:  # timesteps in [0, 1] may count from the clean end (Z-Image)
+            clock.rises = value > previous and value <= 1
+        return (value < previous) if clock.rises else (value > previous)
 
     def _host_value(self, timestep: Any) -> float | None:
         """The timestep as a number; per-token timesteps are 0 where a frame is given, so the largest."""

@@ -36,7 +36,8 @@ class AsyncDiffConfig:
             warm-up calls on rank 0, a mapping gives a number per unit name.
         weights: `"replicate"` keeps the whole model on each rank; `"shard"` keeps only the rank's own stage and what
             lies outside of all units; the other parameters go to the meta device and come back with
-            `remove_async_diff`, which all ranks then must call.
+            `remove_async_diff`, which all ranks then must call. The split then spreads the parameters evenly, which
+            for UNets costs speed.
         transport: `"needed"` sends each output to the stages that read it; `"all"` sends every output to every rank,
             as the released code does (a reference).
         overlap: send an output as soon as its unit is done, beneath the computation; False exchanges all outputs

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
@@ -14,6 +15,10 @@ from .sample_inputs import sample_inputs as default_sample_inputs
 from .trace import DenoiserTrace, OutputSpec, tensors_of, trace_denoiser
 from .unit_timer import measure_units
 from .units import find_units, is_unet
+
+
+# Of an even share of the parameters, what a rank may keep with sharded weights.
+MOST_WEIGHTS = 1.15
 
 
 @dataclass(frozen=True)
@@ -105,9 +110,37 @@ def make_plan(
         costs = dict(zip(trace.units, trace.flops, strict=True))
     if config.stages is not None:
         partition = make_partition(trace, config.stages, costs, "manual")
+    elif config.weights == "shard":
+        partition = _split_weights(denoiser, trace, costs, config)
     else:
         partition = split_units(trace, costs, config.num_stages, config.topology, is_unet(denoiser))
     return Plan.of(trace, partition)
+
+
+def _split_weights(
+    denoiser: torch.nn.Module, trace: DenoiserTrace, costs: Mapping[str, float], config: AsyncDiffConfig
+) -> DenoiserPartition:
+    """Sharded weights shall fit: of splits by blends of cost and parameters, the fastest with even enough parameters.
+
+    Most parameters of a UNet are in its cheap, deep layers, so that a split by cost alone would leave nearly all of
+    them to one rank. Even enough is at most `MOST_WEIGHTS / N` for each; where no blend gives it, the most even.
+    """
+    sizes = {name: float(sum(p.numel() for p in denoiser.get_submodule(name).parameters())) for name in trace.units}
+    total_cost, total_size = sum(costs[name] for name in trace.units) or 1.0, sum(sizes.values()) or 1.0
+    found: list[tuple[float, DenoiserPartition]] = []
+    for weight in np.linspace(0, 1, 11):
+        blend = {
+            name: float((1 - weight) * costs[name] / total_cost + weight * sizes[name] / total_size)
+            for name in trace.units
+        }
+        blended = split_units(trace, blend, config.num_stages, config.topology, is_unet(denoiser))
+        partition = make_partition(trace, blended.stages, costs, blended.topology)
+        largest = max(sum(sizes[name] for name in stage) for stage in partition.stages)
+        found.append((largest / total_size * config.num_stages, partition))
+    fitting = [partition for share, partition in found if share <= MOST_WEIGHTS]
+    if fitting:
+        return max(fitting, key=lambda partition: partition.bound)
+    return min(found, key=lambda entry: entry[0])[1]
 
 
 def partition_denoiser(
