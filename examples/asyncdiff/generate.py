@@ -49,7 +49,16 @@ from diffusers_ext.distributed import distributed_session
 
 logger = logging.getLogger("generate")
 
-CONFIG_FIELDS = ("num_stages", "stride", "warmup_steps", "time_shift", "topology", "guidance_parallel", "simulate")
+CONFIG_FIELDS = (
+    "num_stages",
+    "stride",
+    "warmup_steps",
+    "time_shift",
+    "topology",
+    "reuse",
+    "guidance_parallel",
+    "simulate",
+)
 
 
 def parse_args() -> tuple[argparse.Namespace, AsyncDiffConfig]:
@@ -73,6 +82,7 @@ def parse_args() -> tuple[argparse.Namespace, AsyncDiffConfig]:
     parser.add_argument("--warmup_steps", type=int, default=1)
     parser.add_argument("--time_shift", action="store_true")
     parser.add_argument("--topology", choices=("auto", "chain", "wrap"), default="auto")
+    parser.add_argument("--reuse", choices=("hold", "linear"), default="hold")
     parser.add_argument("--guidance_parallel", action="store_true")
     parser.add_argument("--simulate", action="store_true", help="one process plays all")
     parser.add_argument("--seed", type=int, default=0)
