@@ -121,7 +121,7 @@ def apply_async_diff(
             _check_stages(denoiser, config, names)
     members = find_members(config)
     sharded = config.weights == "shard" and config.num_stages > 1
-    plans = [_plan_ahead(d, config, names) if sharded else None for d, names in zip(denoisers, units, strict=True)]
+    plans = [_shard_plan(d, config, names) if sharded else None for d, names in zip(denoisers, units, strict=True)]
 
     seat = Seat(0) if members is None else find_seat(config, members)
     device = _device_of(denoisers[0], members, sharded)
@@ -131,9 +131,9 @@ def apply_async_diff(
             links = Links(members, config, device)
         except RuntimeError as error:
             raise AsyncDiffError(f"The ranks could not be connected: {error}") from error
-    watched = _scheduler_of(pipeline, scheduler)
+    watched, check = _scheduler_of(pipeline, scheduler), _check_of(pipeline)
     engines = [
-        Engine(denoiser, config, names, watched, _check_of(pipeline, denoiser, names), links, seat, plan)
+        Engine(denoiser, config, names, watched, check, links, seat, plan)
         for denoiser, names, plan in zip(denoisers, units, plans, strict=True)
     ]
     for engine in engines:
@@ -169,7 +169,7 @@ def remove_async_diff(denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline)
     for engine in engines:
         try:
             engine.reset()
-        except CommunicationError as error:
+        except AsyncDiffError as error:
             logger.warning("%s", error)
         if engine.dropped:
             _fetch_weights(engine)
@@ -235,19 +235,15 @@ def async_diff_stats(denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline) 
 def _attach(engines: list[Engine], pipeline: DiffusionPipeline | None, config: AsyncDiffConfig) -> None:
     """All hooks, or none."""
     attached: list[tuple[torch.nn.Module, str]] = []
-
-    def put(root: torch.nn.Module, name: str, hooks: list) -> None:
-        attach(root, name, hooks)
-        attached.append((root, name))
-
     try:
         for engine in engines:
-            modules = dict(engine.denoiser.named_modules())
-            put(engine.denoiser, UNIT_HOOK, [(modules[name], UnitHook(engine.runner, name)) for name in engine.units])
-            put(engine.denoiser, ROOT_HOOK, [(engine.denoiser, RootHook(engine))])
-        if config.skip_auxiliary:
-            for auxiliary in _auxiliaries(pipeline):
-                put(auxiliary, AUXILIARY_HOOK, [(auxiliary, AuxiliaryHook())])
+            _attach_units(engine)
+            attached.append((engine.denoiser, UNIT_HOOK))
+            attach(engine.denoiser, ROOT_HOOK, [(engine.denoiser, RootHook(engine))])
+            attached.append((engine.denoiser, ROOT_HOOK))
+        for auxiliary in _auxiliaries(pipeline) if config.skip_auxiliary else ():
+            attach(auxiliary, AUXILIARY_HOOK, [(auxiliary, AuxiliaryHook())])
+            attached.append((auxiliary, AUXILIARY_HOOK))
     except BaseException:
         for root, name in reversed(attached):
             detach(root, name)
@@ -276,20 +272,30 @@ def _scheduler_of(pipeline: DiffusionPipeline | None, scheduler: Any) -> Callabl
     return lambda: getattr(reference(), "scheduler", None)
 
 
-def _check_of(pipeline: DiffusionPipeline | None, denoiser: torch.nn.Module, units: list[str]) -> Callable[[], None]:
-    """What came after apply: offloading, caches, compilation."""
+def _check_of(pipeline: DiffusionPipeline | None) -> Callable[[Engine], None]:
+    """What came after apply: offloading, caches, compilation, other modules in the place of units."""
     owner = None if pipeline is None else weakref.ref(pipeline)
-    model = weakref.ref(denoiser)
 
-    def check() -> None:
+    def check(engine: Engine) -> None:
+        denoiser = engine.denoiser
         if owner is not None and owner() is not None:
             check_compiled(owner())
-        check_usable(model())
-        for module, hook in attached_hooks(model(), UNIT_HOOK):
+        check_usable(denoiser)
+        check_compiled_parts(denoiser, engine.units)
+        if any(find_hook(denoiser.get_submodule(name), UNIT_HOOK) is None for name in engine.units):
+            # LoRA on a unit itself, FreeNoise and others put a module around it, which then is the unit.
+            detach(denoiser, UNIT_HOOK)
+            _attach_units(engine)
+            engine.planner.forget()
+        for module, hook in attached_hooks(denoiser, UNIT_HOOK):
             hook.take_compiled(module)
-        check_compiled_parts(model(), units)
 
     return check
+
+
+def _attach_units(engine: Engine) -> None:
+    modules = dict(engine.denoiser.named_modules())
+    attach(engine.denoiser, UNIT_HOOK, [(modules[name], UnitHook(engine.runner, name)) for name in engine.units])
 
 
 def _check_options(config: AsyncDiffConfig, pipeline: DiffusionPipeline | None, scheduler: Any) -> None:
@@ -305,6 +311,13 @@ def _check_options(config: AsyncDiffConfig, pipeline: DiffusionPipeline | None, 
             "`sync_interrupt=True` needs a pipeline with `AsyncDiffMixin`, which shares the flag between the ranks; "
             "use one of the custom pipelines, or mix it into yours."
         )
+    if config.sync_interrupt:
+        bases = [cls for cls in type(pipeline).__mro__ if "interrupt" in vars(cls)]
+        if len(bases) < 2:  # only the mixin's
+            raise ValueError(
+                f"`sync_interrupt=True`: the sampling loop of {type(pipeline).__name__} never looks whether it is "
+                "interrupted, so there is nothing to share."
+            )
 
 
 def _check_stages(denoiser: torch.nn.Module, config: AsyncDiffConfig, names: list[str]) -> None:
@@ -312,11 +325,26 @@ def _check_stages(denoiser: torch.nn.Module, config: AsyncDiffConfig, names: lis
     try:
         _plan_ahead(denoiser, config, names)
     except ValueError as error:
-        if "`stages`" in str(error):
+        if "`stages" in str(error):
             raise
         logger.info("`stages` are checked at the first call: %s", error)
     except RuntimeError as error:
         logger.info("`stages` are checked at the first call: %s", error)
+
+
+def _shard_plan(denoiser: torch.nn.Module, config: AsyncDiffConfig, names: list[str]) -> Plan:
+    """Weights are dropped before any call, so a call must be known."""
+    try:
+        return _plan_ahead(denoiser, config, names)
+    except RuntimeError as error:
+        raise AsyncDiffError(f'`weights="shard"`: {error}') from error
+    except ValueError as error:
+        if "sample_inputs" not in str(error):
+            raise
+        raise ValueError(
+            f'`weights="shard"` plans before the first call, and what a {type(denoiser).__name__} is called with is '
+            'not known here. Use `weights="replicate"`, or a subclass of a known denoiser.'
+        ) from error
 
 
 def _plan_ahead(denoiser: torch.nn.Module, config: AsyncDiffConfig, names: list[str]) -> Plan:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 from ..hooks import GuardedHook
 from ..hooks._compat import ACCELERATE_FORWARD_ATTRIBUTE
 from .arguments import look_of
+from .errors import AsyncDiffError
 from .lazy_tensor import deferred
 from .trace import OutputSpec, tensors_of
 
@@ -67,16 +68,27 @@ class _Once:
 
     def __init__(self, forward: Callable, args: tuple, kwargs: dict[str, Any], count: Callable[[], None]) -> None:
         self._call: tuple | None = (forward, args, kwargs, count)
+        self._versions = _versions(args, kwargs)
         self._tensors: list[torch.Tensor] = []
 
     def __call__(self) -> list[torch.Tensor]:
         if self._call is not None:
             forward, args, kwargs, count = self._call
+            if _versions(args, kwargs) != self._versions:
+                raise AsyncDiffError(
+                    "An input of the ControlNet was changed in place before its residuals were read, so they cannot "
+                    "be made any more. Give `skip_auxiliary=False`."
+                )
             count()
             with torch.no_grad():
                 self._tensors = tensors_of(forward(*args, **kwargs))
             self._call = None
         return self._tensors
+
+
+def _versions(args: tuple, kwargs: dict[str, Any]) -> list[int]:
+    """How often each tensor was written in place; inference tensors do not tell."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors_of((args, kwargs))]
 
 
 def _looks(args: tuple, kwargs: dict[str, Any]) -> tuple:

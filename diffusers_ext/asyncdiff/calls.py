@@ -47,6 +47,7 @@ class Clock:
         values: timesteps passed, by call.
         num_calls: T as far as the scheduler tells, else None.
         rises: whether timesteps go up, where no scheduler tells; None until two differ.
+        skips: the loop left out timesteps of the scheduler, so what comes next is not known.
     """
 
     calls: int = 0
@@ -55,6 +56,7 @@ class Clock:
     values: list[float | None] = field(default_factory=list)
     num_calls: int | None = None
     rises: bool | None = None
+    skips: bool = False
 
 
 class CallTracker:
@@ -110,6 +112,8 @@ class CallTracker:
             scheduler = self._scheduler()
             self._timesteps = scheduler.timesteps
             self.grid = _numbers(scheduler.timesteps)
+        elif self.grid is not None and getattr(self._scheduler(), "timesteps", None) is None:
+            self.reset()  # the pipeline that it came from is gone
         value = self._host_value(timestep)
         kind = self._kind(value, sample, others)
         clock = self._clocks.get(kind)
@@ -123,6 +127,9 @@ class CallTracker:
             clock.num_calls = None if place is None or self.grid is None else len(self.grid) - place
         else:
             clock.calls += 1
+            follows = place is None or clock.place is None or place == clock.place + 1
+            # Other kinds of call may be made at some steps only.
+            clock.skips = clock.skips or (kind == Kind(None, 0) and not follows)
         clock.place = place
         clock.values.append(value)
         return kind, clock, begins
@@ -135,6 +142,11 @@ class CallTracker:
         """
         if call <= clock.calls and clock.values[call] is not None:
             return clock.values[call]
+        if clock.skips:
+            raise ValueError(
+                "`stride` above 1 looks ahead in the scheduler's timesteps, but the sampling loop does not follow "
+                f"them one by one: call {clock.calls} is at {clock.values[-1]:g}. Is it the scheduler of this loop?"
+            )
         if self.grid is None or clock.place is None:
             raise ValueError(
                 "`stride` above 1 looks ahead in the scheduler's timesteps, but what the denoiser is given "

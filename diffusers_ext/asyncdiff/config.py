@@ -16,51 +16,54 @@ class AsyncDiffConfig:
     once, each on what the others computed one round before. Start `world_size` processes, one a device.
 
     Args:
-        num_stages: N >= 1, stages that the denoiser is cut into. More stages are faster and further from the exact
-            result (paper, Table 1).
-        stride: S >= 1, denoiser calls that one round serves. Each device then works at every S-th call only; the last
-            stage is there S times, so the number of processes is N + S - 1. Faster than more stages, less faithful.
-        warmup_steps: W >= 1, exact denoiser calls at the beginning of a run (per call of a step). More are slower and
-            closer to the exact result (paper, Table 2).
-        time_shift: condition the stages on the timestep of the call before. The authors advise it only where the
-            output stays noisy.
-        stages: module names of each stage, for a split of your own; wins over the splitter. Names may be any
-            submodules, each once, none inside another; a stage may own separate ranges. What is not named is computed
-            wherever it is needed. The stage with the output must be the last.
+        num_stages: N >= 1, default 2: stages that the denoiser is cut into. Take as many as you have devices; more are
+            faster and further from the exact result (paper, Table 1).
+        stride: S >= 1, default 1: denoiser calls that one round serves. Each device then works at every S-th call
+            only; the last stage is there S times, so it takes N + S - 1 processes. Faster than more stages, and less
+            faithful: 2 where speed counts more.
+        warmup_steps: W >= 1, default 1: exact denoiser calls at the beginning of a run, for each call of a step. More
+            are slower and closer to the exact result (paper, Table 2: 9 of 50 for four devices).
+        time_shift: default False; condition the stages on the timestep of the call before. The authors advise it only
+            where the output stays noisy.
+        stages: default None; module names of each stage, for a split of your own; wins over the splitter. Names may be
+            any submodules, each once, none inside another; a stage may own separate ranges. What is not named is
+            computed wherever it is needed. The stage with the output must be the last.
         topology: `"chain"` cuts the units in execution order; with `"wrap"` the last stage owns the first and the last
-            units, so that a UNet's skips are fresh there. `"auto"`: wrap for UNets where its bound is at least 0.9 of
-            the chain's, else chain.
-        granularity: what is cut: `"layer"` (resnets, attentions, ...) or `"block"` (whole blocks); `"auto"`: layers of
-            UNets, blocks of transformers.
-        cost: of the units: `"analytic"` counts floating-point operations on the meta device, `"measured"` times the
-            warm-up calls on rank 0, a mapping gives a number per unit name.
-        weights: `"replicate"` keeps the whole model on each rank; `"shard"` keeps only the rank's own stage and what
-            lies outside of all units; the other parameters go to the meta device and come back with
-            `remove_async_diff`, which all ranks then must call. The split then spreads the parameters evenly, which
-            for UNets costs speed.
-        transport: `"needed"` sends each output to the stages that read it; `"all"` sends every output to every rank,
-            as the released code does (a reference).
-        overlap: send an output as soon as its unit is done, beneath the computation; False exchanges all outputs
-            between two rounds. The numbers are the same.
-        simulate: one process plays all ranks, one after the other: same numbers, no speed-up, to judge quality.
-        input_check: at the first call of a run, `"check"` compares what the ranks were given and raises where it
-            differs; `"broadcast"` gives all ranks the inputs of rank 0 at every call (then rank 0's images count);
-            `"off"` trusts.
+            units, so that a UNet's skips are fresh there. Default `"auto"`: wrap for UNets where its bound is at least
+            0.9 of the chain's, else chain; of the wraps with 0.97 of the best bound, the one that sends least.
+        granularity: what is cut: `"layer"` (resnets, attentions, ...) or `"block"` (whole blocks). Default `"auto"`:
+            layers of UNets, blocks of transformers. Blocks where they are compiled as a whole.
+        cost: of the units. Default `"analytic"`: floating-point operations, counted on the meta device. `"measured"`:
+            times of the warm-up calls on rank 0, where operations are a bad guide (narrow heads, slow kernels). A
+            mapping: a number per unit name.
+        weights: default `"replicate"`: the whole model on each rank. `"shard"`: only its own stage and what lies
+            outside of all units, for models that do not fit a device; the other parameters go to the meta device and
+            come back with `remove_async_diff`, which all ranks then must call. The split then spreads the parameters
+            evenly, which for UNets costs speed.
+        transport: default `"needed"`: each output goes to the stages that read it. `"all"`: every output to every
+            rank, as the released code does (a reference).
+        overlap: default True: send an output as soon as its unit is done, beneath the computation. False: exchange all
+            outputs between two rounds. The numbers are the same.
+        simulate: default False; one process plays all ranks, one after the other: same numbers, no speed-up, to judge
+            quality.
+        input_check: at the first call of a run, `"check"` (default) compares what the ranks were given and raises
+            where it differs; `"broadcast"` gives all ranks the inputs of rank 0 at every call (then rank 0's images
+            count, and ControlNets are computed on all ranks); `"off"` trusts.
         calls_per_step: denoiser calls per step where the sampling loop sets no cache context and the timestep does not
-            tell; 2 for a loop that runs the conditional and the unconditional branch one after the other. None: find
-            out.
-        timestep_scale: factor between the scheduler's timesteps and what the denoiser is given. None: 1, or 1 over the
-            number of training timesteps, whichever fits.
-        guidance_parallel: split classifier-free guidance over two groups of N + S - 1 ranks, which is exact; doubles
-            the number of processes.
-        skip_auxiliary: let a ControlNet compute only where and when its residuals are read.
-        sync_interrupt: let all ranks stop when one is interrupted (`pipe._interrupt = True`); for pipelines with
-            `AsyncDiffMixin`.
-        timeout_s: seconds that a rank waits for another before it raises, > 0.
-        process_group: the ranks; None: all processes.
-        reuse: what a stage takes for the outputs of others: `"hold"` their latest, as in the paper; `"linear"` the
-            latest two extrapolated to the present timestep (ours: several times closer to the exact result, at no
-            further message and one more buffer for each).
+            tell; 2 for a loop that runs the conditional and the unconditional branch one after the other. Default
+            None: find out.
+        timestep_scale: factor between the scheduler's timesteps and what the denoiser is given. Default None: 1, or 1
+            over the number of training timesteps, whichever fits.
+        guidance_parallel: default False; split classifier-free guidance over two groups of N + S - 1 ranks, which is
+            exact and doubles the number of processes. With two devices better than two stages.
+        skip_auxiliary: default True; let a ControlNet compute only where and when its residuals are read.
+        sync_interrupt: default False; let all ranks stop when one is interrupted (`pipe._interrupt = True`); for
+            pipelines with `AsyncDiffMixin`.
+        timeout_s: default 600; seconds that a rank waits for another before it raises, > 0.
+        process_group: the ranks; default None: all processes.
+        reuse: what a stage takes for the outputs of others. Default `"hold"`: their latest, as in the paper.
+            `"linear"`: the latest two extrapolated to the present timestep (ours: several times closer to the exact
+            result, without further messages, for one more buffer each).
 
     Raises:
         ValueError, TypeError: naming the field, its value and what is expected.

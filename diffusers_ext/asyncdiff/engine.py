@@ -49,7 +49,7 @@ class Engine:
         config: AsyncDiffConfig,
         units: list[str],
         scheduler: Callable[[], Any],
-        check: Callable[[], None],
+        check: Callable[["Engine"], None],
         links: Links | None,
         seat: Seat,
         fixed_plan: Plan | None = None,
@@ -86,6 +86,8 @@ class Engine:
 
     def __call__(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One call of the denoiser; `forward` is what it computes without AsyncDiff."""
+        if self._broken is None and self.links is not None and self.links.broken:
+            self._broken = "a message did not arrive"
         if self._broken is not None:
             raise AsyncDiffError(
                 f"An earlier call failed between the ranks ({self._broken}), so they no longer stand at the same "
@@ -102,13 +104,7 @@ class Engine:
             output = call(forward, args, kwargs)
         except CommunicationError as error:
             self._abandon(error)
-            raise AsyncDiffCommunicationError(
-                f"{error} (stage {self.stage}, call {self._step} of the run)",
-                rank=error.rank,
-                stage=self.stage,
-                step=self._step,
-                peer=error.peer,
-            ) from error
+            raise self._named(error) from error
         except BaseException as error:
             self._abandon(error)
             raise
@@ -151,7 +147,7 @@ class Engine:
         position = stream.rounds.position(clock.calls)
         if position is None:
             self.stats.exact_calls += 1
-            return self._exact(stream, clock, forward, args, kwargs)
+            return self._exact(kind, stream, clock, forward, args, kwargs)
         if position == (0, 0):
             self.runner.open(kind, stream, args, kwargs)
         if position[1] == 0:
@@ -160,11 +156,13 @@ class Engine:
             self.stats.replayed_calls += 1
         return self.runner.result(stream, clock, forward, args, kwargs)
 
-    def _exact(self, stream: Stream, clock: Clock, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _exact(
+        self, kind: Kind, stream: Stream, clock: Clock, forward: Callable, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
         """A warm-up call. At the last one, what the stages will read in the first round is kept."""
         stream.note_time(clock.values[-1])
         if self.config.weights == "shard" and self.links is not None:
-            return self.runner.exact_in_turn(stream, forward, args, kwargs)
+            return self.runner.exact_in_turn(kind, stream, forward, args, kwargs)
         last = clock.calls == self.config.warmup_steps - 1
         args, kwargs = read_deferred(args), read_deferred(kwargs)
         # The last two are enough to extrapolate from.
@@ -181,16 +179,33 @@ class Engine:
     # Runs
 
     def reset(self) -> None:
-        """Forget everything about the run at work; the next call begins a new one."""
-        self._end_streams()
+        """Forget everything about the run at work; the next call begins a new one.
+
+        Raises:
+            AsyncDiffCommunicationError: what was under way did not arrive.
+        """
+        try:
+            self._end_streams()
+            if self._guidance is not None:
+                self._guidance.reset(settle=self._broken is None)
+        except CommunicationError as error:
+            self._abandon(error)
+            raise self._named(error) from error
         self.tracker.reset()
-        if self._guidance is not None:
-            self._guidance.reset(settle=self._broken is None)
 
     def drain(self) -> None:
         """Wait for messages under way, which perhaps nobody will read any more."""
         for stream in self._streams.values():
             stream.drain()
+
+    def _named(self, error: CommunicationError) -> AsyncDiffCommunicationError:
+        return AsyncDiffCommunicationError(
+            f"{error} (stage {self.stage}, call {self._step} of the run)",
+            rank=error.rank,
+            stage=self.stage,
+            step=self._step,
+            peer=error.peer,
+        )
 
     def _end_streams(self) -> None:
         if self._broken is None:
@@ -225,7 +240,7 @@ class Engine:
         before = self._streams.pop(kind, None)
         if before is not None:
             before.settle()
-        self._check()
+        self._check(self)
         config = self.config
         rounds = Rounds(config.num_stages, config.stride, config.warmup_steps, config.time_shift, clock.num_calls)
         stream = Stream(rounds, signature)
@@ -287,6 +302,8 @@ class Engine:
             trace, _ = self.planner.plan_for(signature, forward, args, kwargs)
             plan = None if stream.plan is None else self.planner.fitted(stream.plan, trace)
             if stream.plan is None or plan is not None:
+                if stream.output is not None and trace.output.tensors == stream.output.tensors:
+                    stream.output = trace.output  # in the structure that is now asked for
                 stream.trace, stream.plan, stream.signature = trace, plan, signature
                 return
         raise AsyncDiffError(

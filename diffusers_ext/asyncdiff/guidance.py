@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_map
 
 from ..distributed import CommunicationError, Pending
 from .calls import Kind
-from .lazy_tensor import deferred
-from .mailbox import Parcel
+from .lazy_tensor import Deferred, deferred, half_of_deferred
+from .parcel import Parcel
 from .trace import Label, OutputSpec, tensors_of
 
 
@@ -75,7 +75,10 @@ class GuidanceSplit:
         self._settle()
         self.inputs = (args, kwargs)
         samples = self._num_samples(args, kwargs)
-        return (self._half if samples % 2 == 0 else self._kind)(forward, args, kwargs)
+        try:
+            return (self._half if samples % 2 == 0 else self._kind)(forward, args, kwargs)
+        finally:
+            self.inputs = ((), {})
 
     def _num_samples(self, args: tuple, kwargs: dict[str, Any]) -> int:
         sample = self._engine.arguments.sample(args, kwargs)
@@ -116,9 +119,9 @@ class GuidanceSplit:
 
         def cut(leaf: Any) -> Any:
             # Frames of a video may be rows of their own: a multiple of the samples.
-            if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] and leaf.shape[0] % samples == 0:
-                return leaf.chunk(2)[half]
-            return leaf
+            if not isinstance(leaf, Tensor) or not leaf.ndim or not leaf.shape[0] or leaf.shape[0] % samples:
+                return leaf
+            return half_of_deferred(leaf, half) if isinstance(leaf, Deferred) else leaf.chunk(2)[half]
 
         return tree_map(cut, value)
 

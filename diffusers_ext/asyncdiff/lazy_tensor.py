@@ -5,6 +5,7 @@ other stages computed it runs on placeholders, at no cost, and where a placehold
 own, the plan missed a transfer: that raises instead of giving wrong numbers.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,13 @@ def deferred(
 ) -> Deferred:
     """A tensor of this shape, type and device that `make` gives when it is read."""
     return _as_deferred(torch.empty(shape, dtype=dtype, device="meta"), make, device, scope)
+
+
+def half_of_deferred(tensor: Deferred, half: int) -> Deferred:
+    """The first or second half of its rows, put off as well."""
+    rows = tensor.shape[0]
+    shape = (rows - rows // 2 if half == 0 else rows // 2, *tensor.shape[1:])
+    return deferred(lambda: tensor.read().chunk(2)[half], shape, tensor.dtype, tensor._place)
 
 
 def read_deferred(tree: Any) -> Any:
@@ -160,7 +168,7 @@ def _glue(func: Callable, args: tuple, kwargs: dict) -> Any:
             result = func(*read_deferred(args), **read_deferred(kwargs))
             return result if index is None else [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)][index]
 
-        places = iter(range(1 << 30))
+        places = itertools.count()
         single: list[bool] = []
 
         def put_off_result(value: Tensor) -> Deferred:

@@ -1,58 +1,24 @@
-"""What a rank sends to and receives from the others: the outputs of units each round, and the result of each call.
+"""What a rank sends to and receives from the others in each round: outputs of units.
 
 Buffers are made once per plan, two of each: one is read while the other is filled (and a third where stages
-extrapolate from the latest two). Everything that is sent is copied
-into a buffer first, so that glue which changes a tensor in place does not change the message. The last byte of a
-message says whether the sender was well: a rank that fails in a call still sends what it owes, marked, so that the
-others raise at once and nothing stays pending.
+extrapolate from the latest two). Everything that is sent is copied into a buffer first, so that glue which changes a
+tensor in place does not change the message. The last byte of a message says whether the sender was well: a rank that
+fails in a call still sends what it owes, marked, so that the others raise at once and nothing stays pending.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..distributed import Channel, CommunicationError, Pending
+from .parcel import Parcel, Traffic
 from .partition import Transfer
 from .rounds import Rounds
 from .trace import Label, TensorSpec
 
 
 SMALL = 256 * 1024  # bytes; outputs below it travel in one message for each pair of ranks
-_ALIGNMENT = 64  # bytes, so that a part of a buffer can be looked at as any type
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """A message's content: tensors one after the other in one buffer, and the byte that says "valid"."""
-
-    labels: tuple[Label, ...]
-    specs: tuple[TensorSpec, ...]
-
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        offsets, position = [], 0
-        for spec in self.specs:
-            offsets.append(position)
-            position += -(-spec.nbytes // _ALIGNMENT) * _ALIGNMENT
-        return (*offsets, position)
-
-    @property
-    def nbytes(self) -> int:
-        return self.offsets[-1] + 1
-
-    def empty(self, device: torch.device) -> Tensor:
-        """A buffer; zeros, so that the byte says "invalid" until it is written."""
-        with torch.inference_mode(False):  # else it could not be written outside of that mode later
-            return torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
-
-    def views(self, buffer: Tensor) -> list[Tensor]:
-        """The tensors in a buffer."""
-        return [
-            buffer[offset : offset + spec.nbytes].view(spec.dtype).view(spec.shape)
-            for offset, spec in zip(self.offsets, self.specs, strict=False)
-        ]
 
 
 class _Message:
@@ -76,15 +42,6 @@ class _Message:
     def what(self) -> str:
         first, rest = self.parcel.labels[0].unit, len(self.parcel.labels) - 1
         return f"the output of {first!r}" + (f" and {rest} more" if rest else "")
-
-
-class Traffic:
-    """Bytes and waiting time of a rank, added up."""
-
-    def __init__(self) -> None:
-        self.sent = 0
-        self.received = 0
-        self.waited = 0.0
 
 
 class Mailbox:
@@ -149,16 +106,6 @@ class Mailbox:
         """A run begins; `exact` is what the last exact calls gave, for the first rounds to read, the latest last."""
         self._exact = [{label: t for label, t in given.items() if label in self._by_label} for given in exact]
 
-    @property
-    def incoming(self) -> Iterable[Label]:
-        """What this rank reads of others."""
-        return self._by_label.keys()
-
-    @property
-    def outgoing(self) -> Iterable[Label]:
-        """What others read of this rank."""
-        return self._to_send.keys()
-
     def begin(self, *, current: bool = False, exchange: bool = True) -> None:
         """A tick begins.
 
@@ -209,7 +156,7 @@ class Mailbox:
         return (self._tick - 1) % len(message.buffers)
 
     def take(self, label: Label) -> Tensor:
-        """An output of another stage; the buffer itself, which the next message overwrites."""
+        """An output of another stage; the buffer itself, which a later message overwrites."""
         tick = self._tick - (1 if self._current else 2)
         if tick < 0:
             return self._exact[tick][label]
@@ -258,6 +205,9 @@ class Mailbox:
         """The call failed: send what is owed, marked as invalid."""
         if not self._exchanged or self._channel.broken:
             return
+        if self._channel.ordered:
+            self._channel.broken = True  # nobody reads marks on an accelerator, which would have to be waited for
+            return
         for message in self._outgoing:
             if message.unsent:
                 slot = self._slot(message)
@@ -303,132 +253,6 @@ class Mailbox:
             self._traffic.sent += message.parcel.nbytes
         else:
             self._traffic.received += message.parcel.nbytes
-
-
-class Results:
-    """The denoiser's output of each call, from the replica of the last stage that computes it to all ranks.
-
-    Args:
-        channel: for results only.
-        specs: of the output's tensors.
-        rounds: which rank computes which stage.
-        rank: this one.
-        first_peer: group rank of rank 0.
-        first_tag: of the tags that are its own.
-        device: of the denoiser.
-        traffic: is added to.
-    """
-
-    def __init__(
-        self,
-        channel: Channel,
-        specs: Sequence[TensorSpec],
-        rounds: Rounds,
-        rank: int,
-        first_peer: int,
-        first_tag: int,
-        device: torch.device,
-        traffic: Traffic,
-    ) -> None:
-        self._channel = channel
-        self._parcel = Parcel(tuple(Label("the result", i) for i in range(len(specs))), tuple(specs))
-        self._rounds = rounds
-        self._rank = rank
-        self._first_peer = first_peer
-        self._first_tag = first_tag
-        self._device = device
-        self._traffic = traffic
-        self._coming: dict[int, tuple[Pending, Tensor]] = {}
-        self._going: list[Pending] = []
-        self._own: dict[int, list[Tensor]] = {}
-        self._owed: list[int] = []
-        self._later: tuple[list, list[int]] = ([], [])
-
-    def follow(self, rounds: Rounds) -> None:
-        """A run begins, with another number of calls perhaps."""
-        self._rounds = rounds
-
-    def begin(self, num_results: int) -> None:
-        """A round begins that gives this many results."""
-        self._settle_sends()
-        self._owed = []
-        operations, keys = [], []
-        for replica in range(num_results):
-            source = self._rounds.rank_of_replica(replica)
-            if source == self._rank:
-                self._owed.append(replica)
-                continue
-            buffer = self._parcel.empty(self._channel.device)  # fresh: the user may keep what he gets
-            operations.append((False, buffer, self._first_peer + source, self._first_tag + replica, "the result"))
-            keys.append(replica)
-        if self._channel.ordered:
-            self._later = (operations, keys)  # after what this rank sends: nothing may stand in its way
-            return
-        for replica, operation, pending in zip(keys, operations, self._channel.exchange(operations), strict=True):
-            self._coming[replica] = (pending, operation[1])
-
-    def put(self, replica: int, tensors: Sequence[Tensor]) -> None:
-        """This rank's result; it goes to all others."""
-        self._own[replica] = list(tensors)
-        buffer = self._parcel.empty(self._channel.device)
-        for view, tensor in zip(self._parcel.views(buffer), tensors, strict=True):
-            view.copy_(tensor)
-        buffer[-1] = 1
-        self._send(replica, buffer)
-
-    def finish(self, last: bool = False) -> None:
-        """This rank has put what it had to; nothing stays pending where this may be the last that is sent."""
-        operations, keys = self._later
-        self._later = ([], [])
-        for replica, operation, pending in zip(keys, operations, self._channel.exchange(operations), strict=True):
-            self._coming[replica] = (pending, operation[1])
-        if last:
-            self._settle_sends()
-
-    def take(self, replica: int) -> list[Tensor]:
-        """A call's result, in memory of its own."""
-        if replica in self._own:
-            return self._own.pop(replica)
-        pending, buffer = self._coming.pop(replica)
-        self._traffic.waited += pending.wait()
-        self._traffic.received += self._parcel.nbytes
-        if self._channel.device.type == "cpu" and not buffer[-1]:
-            source = self._first_peer + self._rounds.rank_of_replica(replica)
-            raise CommunicationError(
-                f"Rank {source} failed in the call whose result it should have given.",
-                rank=self._channel.members.rank,
-                peer=source,
-                what="the result",
-            )
-        return [view.to(self._device) for view in self._parcel.views(buffer)]
-
-    def settle(self) -> None:
-        """Wait for everything that is under way, and begin anew."""
-        for pending, _ in self._coming.values():
-            pending.wait()
-        self._coming = {}
-        self._own = {}
-        self._settle_sends()
-
-    def abandon(self) -> None:
-        """The call failed: send what is owed, marked as invalid."""
-        if self._channel.broken:
-            return
-        for replica in list(self._owed):
-            self._send(replica, self._parcel.empty(self._channel.device))
-        self.finish()
-
-    def _send(self, replica: int, buffer: Tensor) -> None:
-        self._owed.remove(replica)
-        peers = [self._first_peer + rank for rank in range(self._rounds.num_ranks) if rank != self._rank]
-        operations = [(True, buffer, peer, self._first_tag + replica, "the result") for peer in peers]
-        self._going += self._channel.exchange(operations)
-        self._traffic.sent += self._parcel.nbytes * len(peers)
-
-    def _settle_sends(self) -> None:
-        going, self._going = self._going, []
-        for pending in going:
-            self._traffic.waited += pending.wait()
 
 
 def _parcels(transfers: Sequence[Transfer], rounds: Rounds, pack: bool) -> Iterable[tuple[int, int, Parcel]]:

@@ -1,7 +1,9 @@
 """The mixin that gives a pipeline `enable_async_diff`."""
 
 import dataclasses
+import inspect
 import json
+import logging
 from typing import Any
 
 from diffusers.utils import BaseOutput
@@ -15,7 +17,11 @@ from .apply import (
     reset_async_diff,
 )
 from .config import AsyncDiffConfig
+from .errors import AsyncDiffError
 from .stats import AsyncDiffStats
+
+
+logger = logging.getLogger(__name__)
 
 
 class AsyncDiffMixin:
@@ -67,12 +73,18 @@ class AsyncDiffMixin:
                 raise ValueError(f"`output_rank` must be None or a rank in 0..{size - 1}, got {output_rank!r}.")
         decodes = output_rank is None or not engines or engines[0].links is None
         decodes = decodes or engines[0].links.members.rank == output_rank
+        call = super().__call__
         if not decodes:
-            kwargs["output_type"] = "latent"
+            given = inspect.signature(call).bind(*args, **kwargs)  # it may be given by position
+            given.arguments["output_type"] = "latent"
+            args, kwargs = given.args, given.kwargs
         try:
-            output = super().__call__(*args, **kwargs)
+            output = call(*args, **kwargs)
         except BaseException:
-            self._forget_run()
+            try:
+                self._forget_run()
+            except AsyncDiffError as error:  # what ended the run counts
+                logger.warning("%s", error)
             raise
         return output if decodes else _without_images(output)
 

@@ -42,6 +42,10 @@ class Planner:
         self.latest = fixed
         self._known: dict[Any, tuple[DenoiserTrace, Plan | None]] = {}
 
+    def forget(self) -> None:
+        """The model is another: plan anew."""
+        self._known = {}
+
     def plan_for(
         self, signature: Signature, forward: Callable, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[DenoiserTrace, Plan | None]:

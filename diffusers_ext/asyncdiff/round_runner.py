@@ -14,8 +14,10 @@ from .config import AsyncDiffConfig
 from .errors import AsyncDiffError
 from .lazy_tensor import Placeholder, enter_scope, read_deferred
 from .links import Links, Seat
-from .mailbox import Mailbox, Results, Traffic
+from .mailbox import Mailbox
+from .parcel import Traffic
 from .partition import Transfer
+from .results import Results
 from .reuse import extrapolated, extrapolation_weight
 from .stage_forward import Capture, Forward, StageForward
 from .stream import Stream
@@ -59,7 +61,11 @@ class RoundRunner:
         """An ordinary call in which what the stages send is kept."""
         labels = None
         if stream.plan is not None:
-            labels = {transfer.label for transfer in stream.plan.transfers(self._config.transport)}
+            labels = {
+                transfer.label
+                for transfer in stream.plan.transfers(self._config.transport)
+                if self._links is None or stream.rounds.stage_of(self._seat.rank) in transfer.dst
+            }
         capture = Capture(labels, stream.timer)
         with self._as(capture):
             return forward(*args, **kwargs), capture
@@ -73,20 +79,17 @@ class RoundRunner:
         stream.store = {label: tensor for label, tensor in capture.kept.items() if label in wanted}
         stream.output = OutputSpec.of(output)
 
-    def exact_in_turn(self, stream: Stream, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def exact_in_turn(self, kind: Kind, stream: Stream, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """With sharded weights: stage after stage, each waiting for what it reads of this very call."""
-        device = self._arguments.device(args, kwargs)
         if stream.mailbox is None:
-            stream.mailbox = self._new_mailbox(stream, device)
+            stream.output = stream.trace.output
+            self._connect(kind, stream, args, kwargs)
         mailbox = stream.mailbox
+        stream.results.begin(1)
         mailbox.begin(current=True)
         output = self._forward_as(stream, self._seat.rank, forward, args, kwargs, mailbox.take, mailbox.put)
         mailbox.finish()
-        if stream.results is None:
-            stream.output = OutputSpec.of(output)
-            stream.results = self._new_results(stream, device)
         # All replicas of the last stage have it; one gives it to the others.
-        stream.results.begin(1)
         if stream.rounds.rank_of_replica(0) == self._seat.rank:
             stream.results.put(0, tensors_of(output))
         stream.results.finish(last=True)
@@ -95,18 +98,22 @@ class RoundRunner:
     # Rounds
 
     def open(self, kind: Kind, stream: Stream, args: tuple, kwargs: dict[str, Any]) -> None:
-        """The first round begins: connect what the plan wants connected; buffers are made once per plan."""
+        """The first round begins: connect what the plan wants connected."""
         if self._links is None or stream.mailbox is not None:
             return
+        self._connect(kind, stream, args, kwargs)
+        stream.mailbox.follow([stream.older, stream.store])
+        stream.store, stream.older = {}, {}
+
+    def _connect(self, kind: Kind, stream: Stream, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Buffers are made once per plan, and let go of when another takes its place."""
         key = (stream.signature, stream.plan.partition, stream.output.tensors)
         known = self._boxes.get(kind)
-        if known is None or known[0] != key:  # the buffers of another size are let go of
+        if known is None or known[0] != key:
             device = self._arguments.device(args, kwargs)
             known = self._boxes[kind] = (key, self._new_mailbox(stream, device), self._new_results(stream, device))
         _, stream.mailbox, stream.results = known
-        stream.mailbox.follow([stream.older, stream.store])
         stream.results.follow(stream.rounds)
-        stream.store, stream.older = {}, {}
 
     def result(self, stream: Stream, clock: Clock, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of a call after the warm-up; where a round begins with it, the round is computed."""

@@ -79,6 +79,7 @@ class StageForward:
         self._take = take
         self._outgoing = outgoing
         self._put = put
+        self._called: set[str] = set()
         self.scope = GlueScope()
 
     def run_unit(self, name: str, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -88,6 +89,12 @@ class StageForward:
                 f"The unit {name!r} is called, but was not when the call was planned: the denoiser took another way. "
                 "Call `reset_async_diff` before such a change."
             )
+        if name in self._called:
+            raise AsyncDiffError(
+                f"The unit {name!r} is called a second time in one forward, but was not when the call was planned. "
+                "Call `remove_async_diff` before such a change, and apply again after it."
+            )
+        self._called.add(name)
         if stage != self._stage:
             spec = self._plan.outputs[name]
             return spec.build([self._foreign(Label(name, i), tensor) for i, tensor in enumerate(spec.tensors)])

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .arguments import Signature
-from .mailbox import Mailbox, Results
+from .mailbox import Mailbox
 from .plan import Plan
+from .results import Results
 from .rounds import Rounds
 from .trace import DenoiserTrace, Label, OutputSpec
 from .unit_timer import UnitTimer

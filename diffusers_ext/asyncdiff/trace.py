@@ -101,6 +101,7 @@ class DenoiserTrace:
         units: names in execution order; units that were not called are not here.
         flops: floating-point operations of each, as `FlopCounterMode` counts them.
         outputs: of each unit.
+        output: of the denoiser.
         reads: labels that each unit reads.
         output_reads: labels that the denoiser's output derives from, by no later unit.
         glue_parameters: names of parameters that belong to a unit and are used outside of it.
@@ -109,6 +110,7 @@ class DenoiserTrace:
     units: tuple[str, ...]
     flops: tuple[float, ...]
     outputs: dict[str, OutputSpec]
+    output: OutputSpec
     reads: dict[str, frozenset[Label]]
     output_reads: frozenset[Label]
     glue_parameters: frozenset[str]
@@ -194,6 +196,7 @@ def _run(
         tuple(watch.flops),
         tuple(watch.flops.values()),
         watch.outputs,
+        OutputSpec.of(output),
         watch.reads,
         frozenset().union(*(watch.labels_of(tensor) for tensor in tensors_of(output))),
         frozenset(key for key in watch.glue_parameters if any(key.startswith(f"{name}.") for name in units)),
@@ -337,30 +340,31 @@ _NO_HOLDERS = (torch.nn.Module, Tensor, type, FunctionType, MethodType, functool
 @contextmanager
 def _kept_attributes(denoiser: torch.nn.Module) -> Iterator[None]:
     """Put back what a forward caches in plain attributes (position tables): it would be without numbers."""
+    before: dict[int, tuple[Any, Any]] = {}  # dicts, lists and sets on modules and on objects of theirs, with copies
 
-    def look(value: Any) -> Any:
-        return list(value) if isinstance(value, list) else value
+    def look(value: Any, enter_objects: bool) -> None:
+        kind = next((kind for kind in (dict, list, set) if isinstance(value, kind)), None)
+        if kind is not None and id(value) not in before:
+            before[id(value)] = value, kind(value)
+            for entry in value.values() if kind is dict else value:
+                look(entry, enter_objects)
+        elif kind is None and enter_objects and hasattr(value, "__dict__") and not isinstance(value, _NO_HOLDERS):
+            look(vars(value), enter_objects=False)
 
-    holders: dict[int, Any] = {}
+    def identities(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: id(entry) for key, entry in value.items()}
+        return [*map(id, value)] if isinstance(value, list) else {*map(id, value)}
+
     for module in denoiser.modules():
-        holders[id(module)] = module
-        for value in vars(module).values():
-            if hasattr(value, "__dict__") and not isinstance(value, _NO_HOLDERS):
-                holders[id(value)] = value
-    before = [(holder, {key: look(value) for key, value in vars(holder).items()}) for holder in holders.values()]
+        look(vars(module), enter_objects=True)
     try:
         yield
     finally:
-        for holder, attributes in before:
-            now = vars(holder)
-            for key in [key for key in now if key not in attributes]:
-                del now[key]
-            for key, value in attributes.items():
-                if isinstance(value, list) and isinstance(now.get(key), list):
-                    if len(now[key]) != len(value) or any(a is not b for a, b in zip(now[key], value, strict=True)):
-                        now[key] = value
-                elif now.get(key) is not value:
-                    now[key] = value
+        for value, content in before.values():
+            if identities(value) != identities(content):
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(content)
 
 
 def _on_meta(tree: Any) -> Any:

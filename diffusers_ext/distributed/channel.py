@@ -31,7 +31,10 @@ class Pending:
         self._tensor: Tensor | None = tensor
 
     def wait(self) -> float:
-        """Until the message has gone or come (on nccl: until the device's stream may use it); again is free.
+        """Until the message has gone or come; again is free.
+
+        On nccl until the device's stream waits for it, with the host running ahead: there the deadline is that of the
+        group, whose watchdog ends the process with the cause.
 
         Returns:
             seconds that it took.
@@ -44,7 +47,10 @@ class Pending:
         started = time.perf_counter()
         work, self._work = self._work, None
         try:
-            work.wait(self._channel.timeout)
+            if self._channel.ordered:
+                work.wait()  # with a timeout, it would hold up the host until the message is there
+            else:
+                work.wait(self._channel.timeout)
         except RuntimeError as error:
             self._channel.broken = True
             raise CommunicationError(
@@ -86,7 +92,7 @@ class Channel:
         # Where others are not asked, torch names the group by its ranks, and a second group of the name of one that is
         # gone would connect to the ports of the first: such a group stays until all are destroyed.
         self._kept = members.size < dist.get_world_size()
-        self._group = dist.new_group(
+        self._opened = dist.new_group(
             members.global_ranks,
             timeout=self.timeout,
             backend="nccl" if on_device else "gloo",
@@ -169,11 +175,17 @@ class Channel:
         except RuntimeError as error:
             raise self._failure(source, what, error) from error
 
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        if self._opened is None:  # None would mean all processes to torch
+            raise RuntimeError("The channel is closed.")
+        return self._opened
+
     def close(self) -> None:
         """Let go of the group; each rank for itself."""
-        if self._group is None:
+        if self._opened is None:
             return
-        group, self._group = self._group, None
+        group, self._opened = self._opened, None
         if dist.is_initialized() and not self._kept:
             dist.destroy_process_group(group)
 

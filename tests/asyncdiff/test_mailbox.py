@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from diffusers_ext.asyncdiff import Transfer
-from diffusers_ext.asyncdiff.mailbox import SMALL, Parcel, _parcels
+from diffusers_ext.asyncdiff.mailbox import SMALL, _parcels
+from diffusers_ext.asyncdiff.parcel import Parcel
 from diffusers_ext.asyncdiff.rounds import Rounds
 from diffusers_ext.asyncdiff.trace import Label, TensorSpec
 

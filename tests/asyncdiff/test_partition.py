@@ -120,6 +120,7 @@ def trace_of(outputs: dict[str, list[torch.Tensor]], reads: dict[str, list[tuple
         tuple(outputs),
         tuple(1.0 for _ in outputs),
         {name: OutputSpec.of(tuple(tensors)) for name, tensors in outputs.items()},
+        OutputSpec.of([outputs[name][index] for name, index in result]),
         {name: frozenset(Label(*label) for label in reads.get(name, ())) for name in outputs},
         frozenset(Label(*label) for label in result),
         frozenset(),

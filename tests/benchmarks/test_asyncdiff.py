@@ -106,7 +106,7 @@ def test_directions_are_read_off_the_means(monkeypatch):
 def small(monkeypatch):
     for module in (benchmark, digit_ways, asyncdiff_directions, asyncdiff_cuts):
         monkeypatch.setattr(module, "STEPS", 6)
-    cases = {"STAGES": (2,), "STRIDES": (1,), "LONG_WARMUPS": ()}
+    cases = {"STAGES": (2,), "TOPOLOGIES": ("chain", "wrap"), "STRIDES": (1,), "LONG_WARMUPS": ()}
     for name, value in (cases | {"FROZEN_WARMUPS": (1,)}).items():
         monkeypatch.setattr(digit_ways, name, value)
     for module in (benchmark, digit_ways, asyncdiff_directions):
