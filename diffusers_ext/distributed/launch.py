@@ -33,7 +33,9 @@ def distributed_session(timeout_s: float = 600.0) -> Iterator[PartialState]:
     Raises:
         RuntimeError: the launcher started another number of processes than were found.
     """
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=datetime.timedelta(seconds=timeout_s))
+    timeout = datetime.timedelta(seconds=timeout_s)
+    _join(timeout)
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timeout)
     launched = launch_environment()
     try:
         if launched is not None and launched != state.num_processes:
@@ -46,6 +48,24 @@ def distributed_session(timeout_s: float = 600.0) -> Iterator[PartialState]:
         if dist.is_initialized():
             dist.destroy_process_group()
         PartialState._reset_state()  # the next session of this process asks its environment anew
+
+
+def _join(timeout: datetime.timedelta) -> None:
+    """Initialise the process group under a name of this session's own.
+
+    accelerate would do it, but torch gives each group of all processes the same name, and the launcher's store keeps
+    the addresses of the last session: a second one in the same processes would now and then connect to those.
+    """
+    cuda, accelerated = torch.cuda.is_available(), torch.accelerator.is_available()
+    alone = (launch_environment() or 1) < 2 or "RANK" not in os.environ
+    if alone or dist.is_initialized() or PartialState._shared_state or (accelerated and not cuda):
+        return
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    session = store.add(f"diffusers_ext session of rank {rank}", 1)  # each rank counts its own, and all count alike
+    store = dist.PrefixStore(f"diffusers_ext session {session}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def launch_environment() -> int | None:
