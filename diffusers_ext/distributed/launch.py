@@ -51,7 +51,7 @@ def distributed_session(timeout_s: float = 600.0) -> Iterator[PartialState]:
 
 
 def _join(timeout: datetime.timedelta) -> None:
-    """Initialise the process group under a name of this session's own.
+    """Initialise the process group under a name that no earlier `distributed_session` had.
 
     accelerate would do it, but torch gives each group of all processes the same name, and the launcher's store keeps
     the addresses of the last session: a second one in the same processes would now and then connect to those.
