@@ -21,6 +21,11 @@ _ROOMS = {
     "LearnedCacheRouter": "learning_to_cache",
     "apply_learned_cache": "learning_to_cache",
     "remove_learned_cache": "learning_to_cache",
+    "DualScopeAttnProcessor": "video_infinity",
+    "VideoInfinityConfig": "video_infinity",
+    "VideoInfinityMixin": "video_infinity",
+    "apply_video_infinity": "video_infinity",
+    "remove_video_infinity": "video_infinity",
 }
 
 __all__ = ["__version__", *sorted(_ROOMS)]
@@ -39,6 +44,13 @@ if TYPE_CHECKING:
         LearnedCacheRouter,
         apply_learned_cache,
         remove_learned_cache,
+    )
+    from .video_infinity import (
+        DualScopeAttnProcessor,
+        VideoInfinityConfig,
+        VideoInfinityMixin,
+        apply_video_infinity,
+        remove_video_infinity,
     )
 
 

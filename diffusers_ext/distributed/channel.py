@@ -99,6 +99,19 @@ class Channel:
             use_local_synchronization=self._kept,
         )
 
+    @classmethod
+    def over(cls, group: dist.ProcessGroup | None = None) -> "Channel":
+        """Over a group that is there already, which stays when the channel is closed; its own timeout counts."""
+        channel = cls.__new__(cls)
+        channel.members = Members.of(group)
+        backend = channel.members.group._get_backend(torch.device("cpu" if not channel.members.on_accelerator else "cuda"))
+        channel.timeout = backend.options._timeout
+        channel.broken = False
+        channel.ordered = channel.members.on_accelerator
+        channel.device = torch.device("cuda", torch.cuda.current_device()) if channel.ordered else torch.device("cpu")
+        channel._kept, channel._opened = True, channel.members.group
+        return channel
+
     def send(self, tensor: Tensor, peer: int, tag: int, what: str) -> Pending:
         """Begin to send. The tensor must not be written before the message has gone."""
         try:
@@ -163,6 +176,24 @@ class Channel:
         except RuntimeError as error:
             raise self._failure(None, what, error) from error
         return [part.cpu() for part in gathered]
+
+    def gather_from_all(self, tensor: Tensor, tag: int, what: str) -> list[Tensor]:
+        """As `gather`, by messages between every two ranks: fewer hops for small tensors, and errors name the rank.
+
+        Args:
+            tensor: of the same shape on all ranks, and returned on its device.
+
+        Raises:
+            CommunicationError: a rank did not answer in time, or is gone.
+        """
+        own = tensor.contiguous().to(self.device)
+        parts = [own if rank == self.members.rank else torch.empty_like(own) for rank in range(self.members.size)]
+        others = [rank for rank in range(self.members.size) if rank != self.members.rank]
+        # In pairs of one peer: where messages are ordered, both ends must issue theirs alike.
+        operations = [(sent, own if sent else parts[peer], peer, tag, what) for peer in others for sent in (True, False)]
+        for message in self.exchange(operations):
+            message.wait()
+        return [part.to(tensor.device) for part in parts]
 
     def broadcast(self, tensor: Tensor, source: int, what: str) -> None:
         """Give all ranks what `source` has, in place; the tensor lies on `device` and is contiguous.

@@ -1,0 +1,251 @@
+"""One call of the denoiser: its frames are cut into clips, the ranks agree on it, and the output is put together."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import struct
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import CommunicationError, exchange_frames, frame_plan
+from .config import VideoInfinityConfig
+from .context import VideoInfinityContext
+from .dual_scope import Bounds, clip_bounds
+from .hooks import VideoInfinityHook
+from .layers import CallLayout
+from .positions import resolve_positions
+from .stats import VideoInfinityStats
+
+
+logger = logging.getLogger(__name__)
+
+# What the ranks tell each other before each call, in this order.
+_TOLD = ("error", "number of frames", "batch size", "height", "width", "dtype", "timestep")
+_ERROR, _FRAMES, _DTYPE, _TIMESTEP = 0, 1, 5, 6
+
+
+class RootHook(VideoInfinityHook):
+    """On the denoiser: each call of it is one of the whole video, or of this rank's clip.
+
+    Attributes:
+        stats: what this rank did.
+        processors: of the temporal attentions as they were before, to be put back.
+    """
+
+    def __init__(
+        self,
+        config: VideoInfinityConfig,
+        context: VideoInfinityContext,
+        layout: CallLayout,
+        longest_positions: int | None,
+        processors: list[tuple[nn.Module, Any]],
+    ) -> None:
+        super().__init__(config, context)
+        self.layout = layout
+        self.longest_positions = longest_positions
+        self.processors = processors
+        self.stats = VideoInfinityStats(rank=None if context.group is None else context.rank)
+        self._failed: str | None = None
+        self._warned = False
+
+    @torch.compiler.disable
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if module._compiled_call_impl is not None:
+            raise RuntimeError(COMPILED.format(type(module).__name__))
+        if self._failed is not None:
+            raise CommunicationError(
+                f"An earlier call failed ({self._failed}), and the ranks no longer wait for each other. Call "
+                "`remove_video_infinity` and `apply_video_infinity` on all ranks.",
+                rank=self.context.rank,
+                peer=None,
+                what="the state of the ranks",
+            )
+        started = time.perf_counter()
+        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        bound.arguments.update(self.context.further_arguments)
+        run = self._alone if self.context.group is None else self._among_ranks
+        output = run(bound)
+        self._count(time.perf_counter() - started)
+        return output
+
+    # One process with the whole video
+
+    def _alone(self, bound: inspect.BoundArguments) -> Any:
+        config, context = self.config, self.context
+        sample, timestep = self._checked(bound)
+        num_frames, batch_size = sample.shape[self.layout.frame_dim], sample.shape[0]
+        bounds = tuple(clip_bounds(num_frames, config.num_clips or 1))
+        self._check_positions(num_frames, bounds)
+        context.begin_call(num_frames, bounds, timestep, batch_size)
+        longest = max(end - start for start, end in bounds)
+        context.spatial_rows = config.spatial_chunk_frames or longest * batch_size
+        if context.spatial_rows >= context.total_rows:
+            context.spatial_rows = None
+        if config.is_base_model and context.spatial_rows is None and not self._warned:
+            self._warned = True
+            logger.warning(
+                "Video-Infinity changes nothing here: frames attend to the whole video as in the base model, and one "
+                "process computes it at once. Set `local_frames`, or `num_clips` to save memory."
+            )
+        return self.original(*bound.args[1:], **bound.kwargs)
+
+    # A clip a rank
+
+    def _among_ranks(self, bound: inspect.BoundArguments) -> Any:
+        context = self.context
+        sample, timestep, bounds, told = self._agree(bound)  # raises on all ranks or on none
+        num_frames = bounds[-1][1]
+        self._check_positions(num_frames, bounds)
+        context.begin_call(num_frames, bounds, timestep, sample.shape[0])
+        context.count("inputs", told)
+        try:
+            if self.config.io == "full":
+                self._cut(bound, sample.shape[0], num_frames)
+            output = self.original(*bound.args[1:], **bound.kwargs)
+            if self.config.io == "clip":
+                return output
+            return _with_sample(output, lambda clip: self._whole(clip, self.layout.frame_dim))
+        except BaseException as error:
+            # The others may wait for frames that will never come: end their waiting.
+            self._failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            context.channel.close()
+            raise
+
+    def _agree(self, bound: inspect.BoundArguments) -> tuple[Tensor, float, Bounds, int]:
+        """Whether all ranks were called alike; raises on all of them where one was not.
+
+        Returns:
+            sample, timestep, the clips, and the bytes that it took.
+        """
+        context, config, dim = self.context, self.config, self.layout.frame_dim
+        problem, row = None, [1, *[0] * (len(_TOLD) - 1)]
+        try:
+            sample, timestep = self._checked(bound)
+            shape = [sample.shape[dim], sample.shape[0], *sample.shape[-2:]]
+            row = [0, *shape, zlib.crc32(str(sample.dtype).encode()), _bits(timestep)]
+            if config.io == "full":
+                clip_bounds(sample.shape[dim], context.channel.members.size)
+        except (ValueError, TypeError) as error:
+            problem, row[_ERROR] = error, 1
+        rows = context.channel.gather_from_all(torch.tensor(row), context.next_tag(), "the shape of the call")
+        rows = [one.tolist() for one in rows]
+        if problem is not None:
+            raise problem
+        refused = [rank for rank, one in enumerate(rows) if one[_ERROR]]
+        if refused:
+            raise self._disagreement(f"Rank {refused[0]} refused its arguments of the denoiser", refused[0], "arguments")
+        for index, name in enumerate(_TOLD):
+            if index == _FRAMES and config.io == "clip":
+                continue
+            other = next((rank for rank, one in enumerate(rows) if one[index] != row[index]), None)
+            if other is not None:
+                shown = [_shown(index, one[index]) for one in (row, rows[other])]
+                raise self._disagreement(
+                    f"The ranks were called with a different {name}: rank {context.rank} with {shown[0]}, rank {other} "
+                    f"with {shown[1]}",
+                    other,
+                    name,
+                )
+        if config.io == "clip":
+            ends = [sum(one[_FRAMES] for one in rows[: rank + 1]) for rank in range(len(rows))]
+            bounds = tuple(zip([0, *ends], ends, strict=False))
+        else:
+            bounds = tuple(clip_bounds(sample.shape[dim], len(rows)))
+        return sample, timestep, bounds, 8 * len(row) * (len(rows) - 1)
+
+    def _disagreement(self, message: str, peer: int, what: str) -> CommunicationError:
+        return CommunicationError(f"{message}.", rank=self.context.rank, peer=peer, what=what)
+
+    def _cut(self, bound: inspect.BoundArguments, batch_size: int, num_frames: int) -> None:
+        """Leave this rank's frames in all arguments that have frames."""
+        start, end = self.context.clip
+        arguments = bound.arguments
+        arguments["sample"] = arguments["sample"].narrow(self.layout.frame_dim, start, end - start)
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, tuple | list):
+                return type(value)(cut(part) for part in value)
+            if isinstance(value, Tensor) and len(value) == batch_size * num_frames:
+                return value.unflatten(0, (batch_size, num_frames))[:, start:end].flatten(0, 1)
+            return value
+
+        for name in self.layout.folded:
+            if name in arguments:
+                arguments[name] = cut(arguments[name])
+
+    def _whole(self, clip: Tensor, dim: int) -> Tensor:
+        """All clips of an output in order."""
+        context = self.context
+        plan = frame_plan(context.bounds, None)
+        received, work = exchange_frames(clip, dim, plan, context.channel, tag=context.next_tag(), what="the output")
+        context.wait_s += work.wait()
+        context.count("outputs", work.bytes_sent)
+        before = context.clip[0]
+        after = received.shape[dim] - before
+        return torch.cat((received.narrow(dim, 0, before), clip, received.narrow(dim, before, after)), dim=dim)
+
+    # Both
+
+    def _checked(self, bound: inspect.BoundArguments) -> tuple[Tensor, float]:
+        sample, timestep = bound.arguments["sample"], bound.arguments["timestep"]
+        if not isinstance(sample, Tensor) or sample.ndim != 5:
+            raise ValueError(f"`sample` must be a tensor of five dimensions, got {getattr(sample, 'shape', sample)!r}.")
+        if isinstance(timestep, Tensor):
+            values = timestep.detach().flatten().tolist()
+            if not values or any(value != values[0] for value in values):
+                raise ValueError(
+                    f"`timestep` must be the same for all rows of the batch with Video-Infinity, got {values}: the "
+                    "phases of attention depend on it."
+                )
+            timestep = values[0]
+        return sample, float(timestep)
+
+    def _check_positions(self, num_frames: int, bounds: Bounds) -> None:
+        if self.longest_positions is not None:
+            resolve_positions(self.config, num_frames, bounds, self.longest_positions)
+
+    def _count(self, seconds: float) -> None:
+        stats, context = self.stats, self.context
+        start, end = context.clip
+        stats.calls += 1
+        stats.clips, stats.num_frames = len(context.bounds), context.num_frames
+        stats.frames_computed += end - start
+        stats.bytes_sent += context.bytes_sent
+        stats.rounds += context.rounds
+        stats.wait_s += context.wait_s
+        stats.compute_s += seconds - context.wait_s
+
+
+COMPILED = (
+    "This {} is compiled as a whole (`torch.compile`), which Video-Infinity does not support: what the clips exchange "
+    "cannot be compiled. Use it without, or compile what is inside of its layers."
+)
+
+
+def _with_sample(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """An output of the denoiser, as tuple or dataclass, with its sample changed."""
+    if isinstance(output, tuple) and not hasattr(output, "sample"):
+        return (change(output[0]), *output[1:])
+    return type(output)(sample=change(output.sample))
+
+
+def _bits(number: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", number))[0]
+
+
+def _shown(index: int, value: int) -> str:
+    if index == _TIMESTEP:
+        return f"{struct.unpack('<d', struct.pack('<q', value))[0]:g}"
+    if index == _DTYPE:
+        names = {zlib.crc32(str(dtype).encode()): str(dtype) for dtype in _DTYPES}
+        return names.get(value, "another")
+    return str(value)
+
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
