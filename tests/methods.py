@@ -70,6 +70,24 @@ def _rounds(pipe: DiffusionPipeline) -> float:
     return async_diff_stats(pipe).computed_calls
 
 
+def _apply_video_infinity(pipe: DiffusionPipeline) -> None:
+    from diffusers_ext import VideoInfinityConfig, apply_video_infinity
+
+    apply_video_infinity(pipe, VideoInfinityConfig(local_frames=1, global_frames=2, num_clips=2))
+
+
+def _remove_video_infinity(pipe: DiffusionPipeline) -> None:
+    from diffusers_ext import remove_video_infinity
+
+    remove_video_infinity(pipe)
+
+
+def _frames(pipe: DiffusionPipeline) -> float:
+    from diffusers_ext.video_infinity import video_infinity_stats
+
+    return video_infinity_stats(pipe).frames_computed
+
+
 # LTX has no adapter of its own: it stands for all models that the fallback serves.
 _LEARNED_CACHE_BASES = ("dit", "pixart", "latte", "sd3", "flux", "cogvideox", "wan", "ltx")
 
@@ -85,6 +103,13 @@ METHODS: dict[str, Method] = {
         refuses=frozenset({"sequential_offload", "group_offload", "compile"}),
     ),
     "learned_cache": Method(_LEARNED_CACHE_BASES, _apply_learned_cache, _remove_learned_cache, _skipped_modules),
+    "video_infinity": Method(
+        ("text_to_video_sd", "animatediff", "svd"),
+        _apply_video_infinity,
+        _remove_video_infinity,
+        _frames,
+        refuses=frozenset({"compile"}),
+    ),
 }
 
 CASES: list[tuple[str, str]] = [(name, base) for name, method in METHODS.items() for base in method.bases]

@@ -141,8 +141,8 @@ def group_stats(
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel group over the clips of all ranks, which may be of different lengths.
 
-    The parallel variance of Chan, Golub and LeVeque: each rank's mean and sum of squared deviations from it, at least
-    in single precision, gathered in one round. Sums of squares would cancel.
+    The parallel variance of Chan, Golub and LeVeque: each rank's mean and sum of squared deviations from it, of values
+    in at least single precision, gathered in one round. Sums of squares would cancel.
 
     Args:
         x: (batch, channels, ...) of this rank.
@@ -150,7 +150,7 @@ def group_stats(
         group, tag, what: as in `exchange_frames`.
 
     Returns:
-        mean and biased variance, each (batch, groups), at least in single precision.
+        mean and biased variance, each (batch, groups), in double precision.
 
     Raises:
         CommunicationError: a message did not come in time, or a rank is gone, which it names.
@@ -160,7 +160,9 @@ def group_stats(
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     count = values.shape[-1]
     variance, mean = torch.var_mean(values, dim=-1, correction=0)
-    own = torch.stack((mean, variance * count, torch.full_like(mean, count)))
+    # A large mean rounds away what the values differ by; its error is the mean of what is left.
+    error = (values - mean[..., None]).mean(dim=-1)
+    own = torch.stack((mean.double() + error, variance.double() * count, torch.full_like(mean, count).double()))
     means, deviations, counts = torch.stack(channel.gather_from_all(own, tag, what)).unbind(1)
     total = counts.sum(0)
     mean = (counts * means).sum(0) / total

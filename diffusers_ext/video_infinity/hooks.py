@@ -44,10 +44,12 @@ class FrameNormHook(VideoInfinityHook):
         if not exact:
             return self.original(x)
         mean, variance = context.statistics(x, module.num_groups)
-        working = mean.dtype
-        # Minus the mean first: a large one would otherwise leave few digits.
-        grouped = x.reshape(x.shape[0], module.num_groups, -1).to(working) - mean[..., None]
-        y = (grouped * torch.rsqrt(variance + module.eps)[..., None]).view(x.shape)
+        working = torch.promote_types(x.dtype, torch.float32)
+        # Minus the mean first, and then what rounding has left of it: a large one would otherwise leave few digits.
+        rounded = mean.to(working)
+        rest = (mean - rounded).to(working)
+        grouped = x.reshape(x.shape[0], module.num_groups, -1).to(working) - rounded[..., None] - rest[..., None]
+        y = (grouped * torch.rsqrt(variance + module.eps).to(working)[..., None]).view(x.shape)
         if module.affine:
             shape = (1, -1, *(1,) * (x.ndim - 2))
             y = torch.addcmul(module.bias.to(working).view(shape), y, module.weight.to(working).view(shape))
