@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from moving_digits import (  # noqa: E402
+from moving_digits import (
     DIRECTIONS,
     Mover,
     MovingDigitJudge,

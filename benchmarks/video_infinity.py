@@ -1,12 +1,12 @@
 """What Video-Infinity does to a long video: is it of one piece, does the digit stay itself, does it keep moving?
 
-    python benchmarks/video_infinity.py --full        # hours on two cores, minutes on a GPU; an interrupted run goes on
+    python benchmarks/video_infinity.py --full        # hours on two cores, minutes on a GPU; interrupted, it goes on
     python benchmarks/video_infinity.py --short       # one seed and few videos
 
 Two small models of `examples/checkpoints`, trained on clips of 8 frames (`moving-digits-t2v`) and of 16
-(`moving-digits-animatediff`), make videos of 64 frames, as four clips, by 20 DDIM steps with guidance. Captions ask for
-one digit that moves one way, around the borders of the canvas, so that it could go on for ever. Every way begins with
-the same noise. One process plays all clips (`mode="single"`), which gives the frames of four ranks.
+(`moving-digits-animatediff`), make videos of 64 frames, as four clips, by 20 DDIM steps with guidance. Captions ask
+for one digit that moves one way, around the borders of the canvas, so that it could go on for ever. Every way begins
+with the same noise. One process plays all clips (`mode="single"`), which gives the frames of four ranks.
 
 * seam: mean change of pixels from the last frame of a clip to the first of the next, over that inside of clips. 1: no
   seam.
@@ -44,9 +44,7 @@ MEASURES = ("seam", "identity", "asked", "motion", "direction")
 _DUAL = {"local_frames": 4, "global_frames": 8, "num_clips": NUM_CLIPS, "token_count_base": 8}
 _ALONE = {"sync_conv": False, "sync_attention": False, "group_norm": "clip"}
 _PLAIN = {"global_phase": None, "local_phase": None}
-INDEPENDENT = VideoInfinityConfig(
-    local_frames=None, global_frames=0, num_clips=NUM_CLIPS, **_ALONE, **_PLAIN
-)
+INDEPENDENT = VideoInfinityConfig(local_frames=None, global_frames=0, num_clips=NUM_CLIPS, **_ALONE, **_PLAIN)
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         pipe.set_progress_bar_config(disable=True)
         found = {
             way_name: [
-                out.cell(f"{name}, {way_name}, seed {seed}", lambda w=way, s=seed, p=pipe: judge_way(p, w, s, videos, judge))
+                out.cell(
+                    f"{name}, {way_name}, seed {seed}", lambda w=way, s=seed, p=pipe: judge_way(p, w, s, videos, judge)
+                )
                 for seed in seeds
             ]
             for way_name, way in ways.items()
@@ -228,16 +228,12 @@ def seam_ratio(frames: Tensor) -> float:
     return (change[borders].mean() / change[inside].mean()).item()
 
 
-def report_model(
-    out: Report, name: str, found: dict[str, list[dict[str, float]]], trained: dict[str, float]
-) -> None:
+def report_model(out: Report, name: str, found: dict[str, list[dict[str, float]]], trained: dict[str, float]) -> None:
     rows = [
         [way, *(spread([cell[measure] for cell in cells]) for measure in MEASURES), f"{seconds(cells):.1f}"]
         for way, cells in found.items()
     ]
-    rows.append(
-        ["clips of the trained length", "-", *(f"{trained[measure]:.3f}" for measure in MEASURES[1:]), "-"]
-    )
+    rows.append(["clips of the trained length", "-", *(f"{trained[measure]:.3f}" for measure in MEASURES[1:]), "-"])
     out.table(["way", *MEASURES, "seconds a video"], rows, title=name, note="mean ± standard deviation over the seeds")
     out.text(directions_of(name, found))
 
@@ -283,7 +279,8 @@ def draw(out: Report, reported: dict[str, Any]) -> None:
         for axes, measure in zip(row, ("seam", "identity", "asked", "motion"), strict=True):
             means = [statistics.mean(cell[measure] for cell in cells) for cells in found.values()]
             errors = [
-                statistics.stdev([cell[measure] for cell in cells]) if len(cells) > 1 else 0 for cells in found.values()
+                statistics.stdev([cell[measure] for cell in cells]) if len(cells) > 1 else 0
+                for cells in found.values()
             ]
             colors = ["C0" if way.startswith("full") else "0.65" for way in found]
             axes.barh(range(len(found)), means, xerr=errors, color=colors)

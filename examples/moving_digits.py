@@ -119,8 +119,12 @@ class MovingDigits:
         return frames, [caption(scene) for scene in scenes]
 
     def render(self, scenes: Sequence[Sequence[Mover]], num_frames: int, generator: torch.Generator) -> Tensor:
-        """Frames (n, num_frames, 3, 32, 32) in [-1, 1] of given scenes, from random starts and with random exemplars."""
-        layers = [(index, mover, len(scene), place) for index, scene in enumerate(scenes) for place, mover in enumerate(scene)]
+        """Frames (n, num_frames, 3, 32, 32) in [-1, 1] of given scenes, with random starts and exemplars."""
+        layers = [
+            (index, mover, len(scene), place)
+            for index, scene in enumerate(scenes)
+            for place, mover in enumerate(scene)
+        ]
         starts = torch.randint(CANVAS_SIZE, (len(layers), 2), generator=generator)
         exemplars = torch.randint(self._canvases.shape[1], (len(layers),), generator=generator)
         digits = torch.tensor([mover.digit for _, mover, _, _ in layers])

@@ -1,4 +1,4 @@
-"""AnimateDiff for long videos with Video-Infinity, for `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`."""
+"""AnimateDiff for long videos by Video-Infinity, for `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ class VideoInfinityAnimateDiffPipeline(video_infinity.VideoInfinityMixin, Animat
             noise: `"sliced"` (what the base pipeline draws), `"per_frame"` or `"rescheduled"`, see
                 `diffusers_ext.video_infinity.prepare_clip_latents`.
             gather: `"rank0"`: process 0 returns the video, the others `frames=None`; `"all"`; or `"none"`: each its
-                clip.
+                clip. Latents (`output_type="latent"`) come whole to all.
             output_path: a video file that process 0 writes as the frames come, or a folder for PNG files; the output
                 then has `frames=None`.
             output_fps: of the file.

@@ -104,7 +104,9 @@ class Channel:
         """Over a group that is there already, which stays when the channel is closed; its own timeout counts."""
         channel = cls.__new__(cls)
         channel.members = Members.of(group)
-        backend = channel.members.group._get_backend(torch.device("cpu" if not channel.members.on_accelerator else "cuda"))
+        backend = channel.members.group._get_backend(
+            torch.device("cpu" if not channel.members.on_accelerator else "cuda")
+        )
         channel.timeout = backend.options._timeout
         channel.broken = False
         channel.ordered = channel.members.on_accelerator
@@ -190,7 +192,9 @@ class Channel:
         parts = [own if rank == self.members.rank else torch.empty_like(own) for rank in range(self.members.size)]
         others = [rank for rank in range(self.members.size) if rank != self.members.rank]
         # In pairs of one peer: where messages are ordered, both ends must issue theirs alike.
-        operations = [(sent, own if sent else parts[peer], peer, tag, what) for peer in others for sent in (True, False)]
+        operations = [
+            (sent, own if sent else parts[peer], peer, tag, what) for peer in others for sent in (True, False)
+        ]
         for message in self.exchange(operations):
             message.wait()
         return [part.to(tensor.device) for part in parts]

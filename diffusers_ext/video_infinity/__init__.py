@@ -1,6 +1,6 @@
 """Video-Infinity: long videos from a model trained on short ones, on several devices or on one.
 
-Tan, Yang, Liu, Ma, Wang, "Video-Infinity: Distributed Long Video Generation", 2024,
+Tan, Yang, Liu, Wang, "Video-Infinity: Distributed Long Video Generation", 2024,
 https://huggingface.co/papers/2406.16260. The frames are cut into clips, and only temporal layers look beyond a clip:
 each frame attends to its neighbours and to frames sampled from the whole video.
 """

@@ -119,13 +119,13 @@ def is_video_infinity_applied(denoiser_or_pipeline: torch.nn.Module | DiffusionP
     return find_hook(find_denoiser(denoiser_or_pipeline), HOOK) is not None
 
 
-def applied_config(denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline) -> VideoInfinityConfig:
-    """The config in use.
+def check_video(denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline, num_frames: int) -> None:
+    """Whether a video of so many frames can be made.
 
     Raises:
-        ValueError: Video-Infinity is not applied.
+        ValueError: too few frames for the clips, or positions that do not fit; Video-Infinity is not applied.
     """
-    return _applied(denoiser_or_pipeline).config
+    _applied(denoiser_or_pipeline).check_video(num_frames)
 
 
 def find_denoiser(denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline) -> torch.nn.Module:
@@ -166,7 +166,8 @@ def _check_usable(given: torch.nn.Module | DiffusionPipeline, denoiser: torch.nn
         raise RuntimeError(COMPILED.format(name))
     if getattr(denoiser, "_parallel_config", None) is not None:
         raise ValueError(
-            f"This {name} is under diffusers' context parallelism, which splits the sequence by itself. Use one of both."
+            f"This {name} is under diffusers' context parallelism, which splits the sequence by itself. Use one of "
+            "both."
         )
 
 
@@ -182,7 +183,7 @@ def _find_members(config: VideoInfinityConfig) -> Members | None:
                 raise RuntimeError(
                     f"The launcher started {launched} processes, but no process group is initialised: each would make "
                     "the whole video by itself. Join them first, with "
-                    "`diffusers_ext.distributed.distributed_session()`, or ask for `mode=\"single\"`."
+                    '`diffusers_ext.distributed.distributed_session()`, or ask for `mode="single"`.'
                 )
             return None
         raise RuntimeError(f'`mode="distributed"` needs a process group. {LAUNCH_HINT.format(n=2)}')

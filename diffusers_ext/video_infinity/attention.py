@@ -81,8 +81,9 @@ class DualScopeAttnProcessor:
         start, end = self.context.clip if self.context.bounds else (0, 0)
         if hidden_states.ndim != 3 or hidden_states.shape[1] != end - start:
             raise RuntimeError(
-                f"Temporal attention got {tuple(hidden_states.shape)}, but the present call of the denoiser has clips of "
-                f"frames {list(self.context.bounds)}, {end - start} of them here. Call the denoiser, not its layers."
+                f"Temporal attention got {tuple(hidden_states.shape)}, but the present call of the denoiser has clips "
+                f"of frames {list(self.context.bounds)}, {end - start} of them here. Call the denoiser, not its "
+                "layers."
             )
 
     def _of_own_clip(self, attn: Attention, hidden_states: Tensor, scope: Scope) -> Tensor:
@@ -151,9 +152,7 @@ class DualScopeAttnProcessor:
     # Positions
 
     def _resolve(self) -> str:
-        return resolve_positions(
-            self.config, self.context.num_frames, self.context.bounds, len(self.positions.table)
-        )
+        return resolve_positions(self.config, self.context.num_frames, self.context.bounds, len(self.positions.table))
 
     def _positions_seen_by(self, scope: Scope) -> Callable[[Sequence[int]], Sequence[int]]:
         """From frames to their positions as the queries of a clip see them."""

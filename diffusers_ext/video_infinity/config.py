@@ -27,8 +27,8 @@ class VideoInfinityConfig:
         overlap: `"sum"` (default, as the authors' code): a frame that is both near and among the global ones counts as
             two keys. `"once"`: as one (the paper's union of both sets), with the larger of both biases.
         attn_scale: default 1.0; factor on the logits of temporal attention, finite.
-        token_count_scale: default False; multiply the logits by log n / log `token_count_base` where a frame attends to
-            n frames, which keeps the attention as sharp as at the trained length.
+        token_count_scale: default False; multiply the logits by log n / log `token_count_base` where a frame attends
+            to n frames, which keeps the attention as sharp as at the trained length.
         token_count_base: default 16; the trained length in frames, >= 2.
         global_phase: (t, local bias, global bias), added to the logits at timesteps >= t (0..1000, counted down while
             sampling). Default (800, 0, 10): first of all the frames agree on the whole. None: no such phase.

@@ -1,4 +1,4 @@
-"""What the hooks of one denoiser share: the video of the present call, the messages, and what is kept between layers."""
+"""What the hooks of one denoiser share: the video of the present call, messages, and what is kept between layers."""
 
 from __future__ import annotations
 
@@ -65,6 +65,7 @@ class VideoInfinityContext:
         wait_s: seconds waited for messages in it.
         spatial_rows: frames, counted over the batch, that a spatial layer takes at once; None: all.
         total_rows: all frames of the present call that are here, counted over the batch.
+        failed: why the ranks no longer wait for each other; None while they do.
         table: per-frame text of the present run, (batch, num_frames, length, width); None: the denoiser's own.
         further_arguments: of the denoiser's forward, added to each call.
     """
@@ -80,6 +81,7 @@ class VideoInfinityContext:
     further_arguments: dict[str, object] = field(default_factory=dict)
     spatial_rows: int | None = None
     total_rows: int = 0
+    failed: str | None = None
 
     def __post_init__(self) -> None:
         self.bounds = tuple((int(start), int(end)) for start, end in self.bounds)
@@ -129,6 +131,11 @@ class VideoInfinityContext:
         start, end = self.clip
         self.total_rows = (end - start) * batch_size
 
+    def fail(self, error: BaseException) -> None:
+        """After an error on this rank alone: the others may wait for what will never come, so end their waiting."""
+        self.failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        self.channel.close()
+
     # Messages
 
     def exchange(
@@ -137,7 +144,8 @@ class VideoInfinityContext:
         """Begin to exchange frames of `x` with the other ranks, see `exchange_frames`."""
         plan = self.plan(local_frames, with_globals)
         received, work = exchange_frames(x, dim, plan, self.channel, tag=self.next_tag(), what=f"frames for {purpose}")
-        self.count(purpose, work.bytes_sent)
+        if plan.messages:
+            self.count(purpose, work.bytes_sent)
         return Exchange(self, plan.needed[self.rank], received, work.wait)
 
     def plan(self, local_frames: int | None, with_globals: VideoInfinityConfig | None = None) -> FramePlan:
@@ -190,7 +198,12 @@ class VideoInfinityContext:
             keys = [*range(*clip), *(frame for frame in keys if not clip[0] <= frame < clip[1])]
         frames = torch.arange(*clip)
         bias, count = dual_scope_bias(
-            frames, torch.tensor(keys), self.num_frames, config, self.timestep, torch.promote_types(dtype, torch.float32)
+            frames,
+            torch.tensor(keys),
+            self.num_frames,
+            config,
+            self.timestep,
+            torch.promote_types(dtype, torch.float32),
         )
         scale = torch.full(bias.shape[:1], config.attn_scale, dtype=torch.float64)
         if config.token_count_scale:

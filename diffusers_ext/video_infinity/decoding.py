@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,42 +21,77 @@ from .context import VideoInfinityContext
 from .dual_scope import Bounds
 
 
-logger = logging.getLogger(__name__)
-
 Gather = Literal["rank0", "all", "none"]
 _STREAM_TAG = 2**20  # beyond those of the context; messages with one tag arrive in the order they were sent
-_SUFFIXES = (".mp4", ".gif", ".webm", ".mkv", ".avi", ".mov")
+_SUFFIXES = (".mp4", ".gif", ".mkv", ".avi", ".mov")
+_FRAME_NAME = re.compile(r"\d{6,}\.png")
+_OUTPUT_TYPES = ("latent", "pt", "np", "pil")
 
 
 @torch.no_grad()
 def decode_in_chunks(vae: Any, latents: Tensor, chunk_size: int) -> Iterator[Tensor]:
     """Frames (batch, <= chunk_size, 3, H, W) in [-1, 1], in order, of latents (batch, 4, frames, h, w)."""
-    latents = latents / vae.config.scaling_factor
+    latents = 1 / vae.config.scaling_factor * latents  # in diffusers' order, to the bit
     for chunk in latents.to(vae.dtype).split(chunk_size, dim=2):
         folded = chunk.transpose(1, 2).flatten(0, 1)
         yield vae.decode(folded).sample.unflatten(0, (chunk.shape[0], chunk.shape[2])).float()
 
 
-def check_decoding(decode_chunk_size: int, gather: str, output_path: str | os.PathLike[str] | None, fps: float) -> None:
+def check_decoding(
+    decode_chunk_size: int,
+    gather: str,
+    output_path: str | os.PathLike[str] | None,
+    fps: float,
+    fps_name: str = "fps",
+    output_type: str = "np",
+) -> None:
     """Before any work.
 
+    Args:
+        fps_name: what the caller calls it.
+        others: see `VideoInfinityMixin.decode_clip`.
+
     Raises:
-        ValueError: naming the argument, its value and what is expected.
+        ValueError, TypeError: naming the argument, its value and what is expected.
     """
+    if output_type not in _OUTPUT_TYPES:
+        raise ValueError(f"`output_type` must be one of {list(_OUTPUT_TYPES)}, got {output_type!r}.")
     if isinstance(decode_chunk_size, bool) or not isinstance(decode_chunk_size, int) or decode_chunk_size < 1:
         raise ValueError(f"`decode_chunk_size` must be an integer of at least 1, got {decode_chunk_size!r}.")
     if gather not in get_args(Gather):
         raise ValueError(f"`gather` must be one of {list(get_args(Gather))}, got {gather!r}.")
+    if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps < float("inf"):
+        raise ValueError(f"`{fps_name}` must be a number above 0, got {fps!r}.")
     if output_path is None:
         return
-    suffix = Path(output_path).suffix
-    if suffix and suffix.lower() not in _SUFFIXES:
+    if not isinstance(output_path, str | os.PathLike):
+        raise TypeError(f"`output_path` must be a path or None, got {output_path!r}.")
+    if output_type == "latent":
+        raise ValueError('`output_path` needs decoded frames, got `output_type="latent"`.')
+    path = Path(output_path)
+    if not path.name or path.suffix and path.suffix.lower() not in _SUFFIXES:
         raise ValueError(
             f"`output_path` must end in one of {list(_SUFFIXES)} or name a folder for PNG files, got "
             f"{str(output_path)!r}."
         )
-    if not isinstance(fps, int | float) or isinstance(fps, bool) or not fps > 0:
-        raise ValueError(f"`fps` must be a number above 0, got {fps!r}.")
+    check_film_place(path)
+
+
+def check_film_place(path: Path) -> None:
+    """Whether a film may be put there; a folder with other things than frames of an earlier film stays as it is.
+
+    Raises:
+        FileExistsError: something else is there.
+    """
+    if path.is_dir():
+        others = sorted(entry.name for entry in path.iterdir() if not _FRAME_NAME.fullmatch(entry.name))
+        if path.suffix or others:
+            raise FileExistsError(
+                f"`output_path` is the folder {str(path)!r}, which holds other things than the frames of an earlier "
+                f"video ({', '.join(others[:3])}); name one that is not there yet."
+            )
+    elif not path.suffix and path.exists():
+        raise FileExistsError(f"`output_path` must name a folder for PNG files, but {str(path)!r} is a file.")
 
 
 def gather_frames(clip: Tensor, context: VideoInfinityContext | None, gather: Gather) -> Tensor | None:
@@ -137,24 +172,26 @@ class FilmWriter:
         fps: frames a second.
 
     Raises:
+        FileExistsError: something else is there.
         ImportError: imageio or its ffmpeg is missing.
     """
 
     def __init__(self, path: str | os.PathLike[str], fps: float) -> None:
         self.path = Path(path)
+        check_film_place(self.path)
         self._count = 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._unfinished = self.path.with_name(f".{uuid4().hex}{self.path.suffix}")
         self._writer = None
+        self._is_gif = self.path.suffix.lower() == ".gif"
         if not self.path.suffix:
             self._unfinished.mkdir()
             return
         try:
             import imageio.v2 as imageio
 
-            options = {"duration": 1000 / fps, "loop": 0} if self.path.suffix == ".gif" else {"fps": fps}
-            if self.path.suffix != ".gif":
-                options["macro_block_size"] = 1  # keep the size; the default would scale frames up to multiples of 16
+            # The size as it is: by default imageio would scale frames up to multiples of 16.
+            options = {"duration": 1000 / fps, "loop": 0} if self._is_gif else {"fps": fps, "macro_block_size": 1}
             self._writer = imageio.get_writer(self._unfinished, **options)
         except ImportError as error:
             raise ImportError(
@@ -163,7 +200,16 @@ class FilmWriter:
             ) from error
 
     def append(self, frames: Tensor) -> None:
-        """Further frames (n, H, W, 3), uint8."""
+        """Further frames (n, H, W, 3), uint8.
+
+        Raises:
+            ValueError: a size that the video's encoder does not take.
+        """
+        height, width = frames.shape[1:3]
+        if self._writer is not None and not self._is_gif and (height % 2 or width % 2):
+            raise ValueError(
+                f"{self.path.suffix} files take even sizes only, got {width}x{height}; write a .gif or PNG files."
+            )
         for frame in frames.cpu().numpy():
             if self._writer is None:
                 PIL.Image.fromarray(np.ascontiguousarray(frame)).save(self._unfinished / f"{self._count:06d}.png")
@@ -172,12 +218,30 @@ class FilmWriter:
             self._count += 1
 
     def close(self) -> None:
-        """Finish, and move it to its place; what was there is replaced."""
+        """Finish, and move it to its place; an earlier film there is replaced.
+
+        Raises:
+            RuntimeError: the encoder has not written all frames, of which it tells on the terminal only.
+        """
         if self._writer is not None:
             self._writer.close()
+            if not self._is_gif:
+                self._check_written()
         elif self.path.is_dir():
+            check_film_place(self.path)
             shutil.rmtree(self.path)
         os.replace(self._unfinished, self.path)
+
+    def _check_written(self) -> None:
+        from imageio_ffmpeg import count_frames_and_secs
+
+        try:
+            written = count_frames_and_secs(str(self._unfinished))[0]
+        except RuntimeError:
+            written = 0
+        if written != self._count:
+            self._unfinished.unlink(missing_ok=True)
+            raise RuntimeError(f"ffmpeg wrote {written} of {self._count} frames of {self.path}.")
 
     def abandon(self) -> None:
         """After a failure: leave nothing."""

@@ -51,16 +51,15 @@ class RootHook(VideoInfinityHook):
         self.longest_positions = longest_positions
         self.processors = processors
         self.stats = VideoInfinityStats(rank=None if context.group is None else context.rank)
-        self._failed: str | None = None
         self._warned = False
 
     @torch.compiler.disable
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if module._compiled_call_impl is not None:
             raise RuntimeError(COMPILED.format(type(module).__name__))
-        if self._failed is not None:
+        if self.context.failed is not None:
             raise CommunicationError(
-                f"An earlier call failed ({self._failed}), and the ranks no longer wait for each other. Call "
+                f"An earlier call failed ({self.context.failed}), and the ranks no longer wait for each other. Call "
                 "`remove_video_infinity` and `apply_video_infinity` on all ranks.",
                 rank=self.context.rank,
                 peer=None,
@@ -73,6 +72,15 @@ class RootHook(VideoInfinityHook):
         output = run(bound)
         self._count(time.perf_counter() - started)
         return output
+
+    def check_video(self, num_frames: int) -> None:
+        """Whether a whole video of so many frames can be made; for pipelines, before they encode prompts.
+
+        Raises:
+            ValueError: too few frames for the clips, or positions that do not fit.
+        """
+        clips = (self.config.num_clips or 1) if self.context.group is None else self.context.channel.members.size
+        self._check_positions(num_frames, tuple(clip_bounds(num_frames, clips)))
 
     # One process with the whole video
 
@@ -112,9 +120,7 @@ class RootHook(VideoInfinityHook):
                 return output
             return _with_sample(output, lambda clip: self._whole(clip, self.layout.frame_dim))
         except BaseException as error:
-            # The others may wait for frames that will never come: end their waiting.
-            self._failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            context.channel.close()
+            context.fail(error)
             raise
 
     def _agree(self, bound: inspect.BoundArguments) -> tuple[Tensor, float, Bounds, int]:
@@ -139,7 +145,9 @@ class RootHook(VideoInfinityHook):
             raise problem
         refused = [rank for rank, one in enumerate(rows) if one[_ERROR]]
         if refused:
-            raise self._disagreement(f"Rank {refused[0]} refused its arguments of the denoiser", refused[0], "arguments")
+            raise self._disagreement(
+                f"Rank {refused[0]} refused its arguments of the denoiser", refused[0], "arguments"
+            )
         for index, name in enumerate(_TOLD):
             if index == _FRAMES and config.io == "clip":
                 continue
@@ -147,8 +155,8 @@ class RootHook(VideoInfinityHook):
             if other is not None:
                 shown = [_shown(index, one[index]) for one in (row, rows[other])]
                 raise self._disagreement(
-                    f"The ranks were called with a different {name}: rank {context.rank} with {shown[0]}, rank {other} "
-                    f"with {shown[1]}",
+                    f"The ranks were called with a different {name}: rank {context.rank} with {shown[0]}, rank "
+                    f"{other} with {shown[1]}",
                     other,
                     name,
                 )
@@ -195,7 +203,9 @@ class RootHook(VideoInfinityHook):
     def _checked(self, bound: inspect.BoundArguments) -> tuple[Tensor, float]:
         sample, timestep = bound.arguments["sample"], bound.arguments["timestep"]
         if not isinstance(sample, Tensor) or sample.ndim != 5:
-            raise ValueError(f"`sample` must be a tensor of five dimensions, got {getattr(sample, 'shape', sample)!r}.")
+            raise ValueError(
+                f"`sample` must be a tensor of five dimensions, got {getattr(sample, 'shape', sample)!r}."
+            )
         if isinstance(timestep, Tensor):
             values = timestep.detach().flatten().tolist()
             if not values or any(value != values[0] for value in values):

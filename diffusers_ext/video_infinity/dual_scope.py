@@ -21,7 +21,9 @@ def clip_bounds(num_frames: int, num_clips: int) -> list[tuple[int, int]]:
     if num_clips < 1:
         raise ValueError(f"`num_clips` must be at least 1, got {num_clips}.")
     if num_clips > num_frames:
-        raise ValueError(f"A video of {num_frames} frames cannot be cut into {num_clips} clips (`num_clips`, or ranks).")
+        raise ValueError(
+            f"A video of {num_frames} frames cannot be cut into {num_clips} clips (`num_clips`, or ranks)."
+        )
     shortest, longer = divmod(num_frames, num_clips)
     ends = [(clip + 1) * shortest + min(clip + 1, longer) for clip in range(num_clips)]
     return list(zip([0, *ends], ends, strict=False))
@@ -81,7 +83,7 @@ def dual_scope_bias(
 
     Args:
         query_frames: [T], numbers of frames in the whole video.
-        key_frames: [S], each once.
+        key_frames: [S], each once; those outside of the video are attended to by none.
         num_frames: of the whole video.
         config: see `VideoInfinityConfig`.
         timestep: of the denoiser, 0..1000; None: in no phase.
@@ -92,9 +94,9 @@ def dual_scope_bias(
     """
     working = torch.promote_types(dtype, torch.float32)
     distance = (query_frames[:, None] - key_frames[None, :]).abs()
-    is_local = torch.ones_like(distance, dtype=torch.bool)
+    is_local = ((key_frames >= 0) & (key_frames < num_frames))[None, :].expand_as(distance)
     if config.local_frames is not None:
-        is_local = distance <= config.local_frames
+        is_local = is_local & (distance <= config.local_frames)
     index = torch.tensor(global_frame_index(num_frames, config.global_frames), device=key_frames.device)
     is_global = torch.isin(key_frames, index)[None, :].expand_as(is_local)
     local_bias, global_bias = phase_biases(config, timestep)
@@ -119,4 +121,3 @@ def token_count_scales(count: Tensor, config: VideoInfinityConfig) -> Tensor:
 def frames_of_prompts(num_prompts: int, num_frames: int) -> list[int]:
     """The prompt of each frame where a list of P prompts is spread over F frames: floor(f P / F)."""
     return [frame * num_prompts // num_frames for frame in range(num_frames)]
-

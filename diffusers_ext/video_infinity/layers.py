@@ -111,7 +111,8 @@ def find_temporal_layers(denoiser: nn.Module) -> TemporalLayers:
     for module in denoiser.modules():
         if isinstance(module, FreeNoiseTransformerBlock):
             raise ValueError(
-                "FreeNoise is enabled, which makes long videos by windows of its own; call `disable_free_noise()` first."
+                "FreeNoise is enabled, which makes long videos by windows of its own; call `disable_free_noise()` "
+                "first."
             )
         if isinstance(module, _SPATIAL) and id(module) not in inside_spatial:
             inside_spatial.update(id(child) for child in module.modules())

@@ -5,16 +5,16 @@ import dataclasses
 import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from ..videocrafter import VideoCrafterUNet3DConditionModel
 from .apply import (
-    applied_config,
     apply_video_infinity,
+    check_video,
     find_denoiser,
     get_video_infinity_context,
     is_video_infinity_applied,
@@ -25,7 +25,7 @@ from .config import VideoInfinityConfig
 from .context import VideoInfinityContext
 from .decoding import Gather, check_decoding, decode_in_chunks, gather_frames, stream_frames
 from .noise import Noise, prepare_clip_latents
-from .prompts import Prompts, prompt_starts, several, spread_embeddings
+from .prompts import Prompts, check_transitions, prompt_starts, several, spread_embeddings
 from .stats import VideoInfinityStats
 
 
@@ -130,14 +130,19 @@ class VideoInfinityMixin:
         context = get_video_infinity_context(self) if is_video_infinity_applied(self) else None
         if context is not None and context.distributed and latents.shape[2] == context.num_frames:
             latents = latents[:, :, slice(*context.clip)]
+        if output_path is not None and len(latents) != 1:
+            raise ValueError(f"`output_path` takes one video, got a batch of {len(latents)}.")
         chunks = decode_in_chunks(self.vae, latents, decode_chunk_size)
-        if output_path is not None:
-            if len(latents) != 1:
-                raise ValueError(f"`output_path` takes one video, got a batch of {len(latents)}.")
-            bounds = context.bounds if context is not None else ()
-            stream_frames(chunks, context, bounds, decode_chunk_size, output_path, fps)
-            return None
-        frames = gather_frames(torch.cat(list(chunks), dim=1), context, gather)
+        try:
+            if output_path is not None:
+                bounds = context.bounds if context is not None else ()
+                stream_frames(chunks, context, bounds, decode_chunk_size, output_path, fps)
+                return None
+            frames = gather_frames(torch.cat(list(chunks), dim=1), context, gather)
+        except BaseException as error:
+            if context is not None and context.distributed:
+                context.fail(error)
+            raise
         return None if frames is None else frames.transpose(1, 2)
 
     def sample_long_video(
@@ -166,14 +171,30 @@ class VideoInfinityMixin:
         Returns:
             the base pipeline's output; its `frames` are None on ranks that get none.
         """
-        check_decoding(decode_chunk_size, gather, output_path, output_fps)
         arguments = {**call_arguments, "num_frames": num_frames}
         output_type = arguments.get("output_type", _default(super().__call__, "output_type"))
-        return_dict = arguments.pop("return_dict", True)
-        if output_path is not None and output_type == "latent":
-            raise ValueError('`output_path` needs decoded frames, got `output_type="latent"`.')
+        check_decoding(decode_chunk_size, gather, output_path, output_fps, "output_fps", output_type)
+        if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1:
+            raise ValueError(f"`num_frames` must be an integer of at least 1, got {num_frames!r}.")
+        if not self.video_infinity_enabled and output_path is None and noise == "sliced":
+            if isinstance(prompt, Mapping) or prompt_transition_frames:
+                raise ValueError(
+                    "Several prompts for one video need Video-Infinity: call `enable_video_infinity` first."
+                )
+            return super().__call__(prompt=prompt, **arguments)  # the base pipeline, to the bit
+        if self.video_infinity_enabled:
+            check_video(self, num_frames)
+        starts = {0: ""} if prompt is None else prompt_starts(prompt, num_frames)
+        check_transitions(list(starts), num_frames, prompt_transition_frames)
+        if (
+            output_path is not None
+            and arguments.get("prompt_embeds") is not None
+            and (len(arguments["prompt_embeds"]) > 1)
+        ):
+            raise ValueError(f"`output_path` takes one video, got {len(arguments['prompt_embeds'])} `prompt_embeds`.")
         if not self.video_infinity_enabled and several(prompt):
             raise ValueError("Several prompts for one video need Video-Infinity: call `enable_video_infinity` first.")
+        return_dict = arguments.pop("return_dict", True)
         if noise != "sliced":
             if arguments.get("latents") is not None:
                 raise ValueError(f"`latents` are given, so there is no noise to draw with `noise={noise!r}`.")
@@ -186,7 +207,7 @@ class VideoInfinityMixin:
         arguments["output_type"] = "latent"
         with self._in_each_call(table, forward_arguments):
             output = super().__call__(return_dict=True, **arguments)
-        if output_type == "latent":
+        if output_type == "latent":  # every rank's loop has the whole of them
             return output if return_dict else (output.frames,)
         video = self.decode_clip(output.frames, decode_chunk_size, gather, output_path, output_fps)
         if video is not None:
@@ -204,9 +225,10 @@ class VideoInfinityMixin:
             prompt,
             num_frames,
             transition_frames,
-            negative_prompt=arguments.get("negative_prompt"),
+            negative_prompt=_one_negative_prompt(arguments.get("negative_prompt")),
             do_classifier_free_guidance=guided,
-            **({"clip_skip": arguments["clip_skip"]} if arguments.get("clip_skip") is not None else {}),
+            clip_skip=arguments.get("clip_skip"),
+            lora_scale=(arguments.get("cross_attention_kwargs") or {}).get("scale"),
         )
         arguments["prompt"] = next(iter(prompt_starts(prompt, num_frames).values()))
         return table if guided else table[None]
@@ -216,7 +238,6 @@ class VideoInfinityMixin:
         unet = find_denoiser(self)
         embeddings = arguments.get("prompt_embeds")
         videos = 1 if isinstance(prompt, str) or several(prompt) or embeddings is None else len(embeddings)
-        videos *= arguments.get("num_videos_per_prompt") or 1
         size = unet.config.sample_size
         height, width = (
             arguments[name] // self.vae_scale_factor if arguments.get(name) else size for name in ("height", "width")
@@ -250,9 +271,8 @@ class VideoInfinityMixin:
         if fps is None:
             return {}
         if not isinstance(find_denoiser(self), VideoCrafterUNet3DConditionModel):
-            raise ValueError(
-                f"`fps` conditions VideoCrafter's UNet only, got fps={fps} with a {type(find_denoiser(self)).__name__}."
-            )
+            name = type(find_denoiser(self)).__name__
+            raise ValueError(f"`fps` conditions VideoCrafter's UNet only, got fps={fps} with a {name}.")
         if not self.video_infinity_enabled:
             raise ValueError("`fps` reaches the UNet by Video-Infinity: call `enable_video_infinity` first.")
         return {"fps": fps}
@@ -264,6 +284,14 @@ class VideoInfinityMixin:
         if VideoInfinityMixin in type(self).__bases__ and bases:
             config["_class_name"] = bases[0]
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _one_negative_prompt(negative_prompt: Any) -> str | None:
+    if isinstance(negative_prompt, list) and len(negative_prompt) == 1:
+        return negative_prompt[0]
+    if negative_prompt is not None and not isinstance(negative_prompt, str):
+        raise ValueError(f"`negative_prompt` must be one string for the whole video, got {negative_prompt!r}.")
+    return negative_prompt
 
 
 def _default(function: Any, name: str) -> Any:

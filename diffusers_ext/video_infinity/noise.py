@@ -86,9 +86,11 @@ def _rescheduled(
     batch_size, channels, num_frames, height, width = shape
     window = min(RESCHEDULED_WINDOW, num_frames)
     latents = randn_tensor((batch_size, channels, window, height, width), generator, device=device, dtype=dtype)
-    order = Generator().manual_seed((generator[0] if isinstance(generator, list) else generator).initial_seed()) if (
-        generator is not None
-    ) else None
+    order = (
+        Generator().manual_seed((generator[0] if isinstance(generator, list) else generator).initial_seed())
+        if (generator is not None)
+        else None
+    )
     sources = list(range(window))
     while len(sources) < num_frames:
         group = sources[len(sources) - window :][:RESCHEDULED_STRIDE]

@@ -5,7 +5,7 @@ from .dual_scope import Bounds
 
 
 def resolve_positions(config: VideoInfinityConfig, num_frames: int, bounds: Bounds, longest: int) -> str:
-    """"global" or "clip", whichever is asked for and fits.
+    """ "global" or "clip", whichever is asked for and fits.
 
     Args:
         longest: positions that the model's table has.

@@ -44,7 +44,9 @@ def prompt_starts(prompt: Prompts, num_frames: int) -> dict[int, str]:
     return {owners.index(number): text for number, text in enumerate(prompt)}
 
 
-def spread_embeddings(starts: Sequence[int], embeddings: Tensor, num_frames: int, transition_frames: int = 0) -> Tensor:
+def spread_embeddings(
+    starts: Sequence[int], embeddings: Tensor, num_frames: int, transition_frames: int = 0
+) -> Tensor:
     """Text of each frame, changing at the starts.
 
     Args:
@@ -60,14 +62,8 @@ def spread_embeddings(starts: Sequence[int], embeddings: Tensor, num_frames: int
     Raises:
         ValueError: transitions are longer than the prompts they join.
     """
-    if isinstance(transition_frames, bool) or not isinstance(transition_frames, int) or transition_frames < 0:
-        raise ValueError(f"`prompt_transition_frames` must be an integer of at least 0, got {transition_frames!r}.")
-    lengths = [end - start for start, end in zip(starts, [*starts[1:], num_frames], strict=True)]
-    if len(starts) > 1 and transition_frames > min(lengths):
-        raise ValueError(
-            f"`prompt_transition_frames` must be at most {min(lengths)}, the frames of the shortest prompt, got "
-            f"{transition_frames}."
-        )
+    check_transitions(starts, num_frames, transition_frames)
+    lengths = _lengths(starts, num_frames)
     frames = torch.repeat_interleave(embeddings, torch.tensor(lengths, device=embeddings.device), dim=0)
     for number, start in enumerate(starts[1:], 1):
         first = start - transition_frames // 2
@@ -75,6 +71,26 @@ def spread_embeddings(starts: Sequence[int], embeddings: Tensor, num_frames: int
             share = (step + 1) / (transition_frames + 1)
             frames[first + step] = torch.lerp(embeddings[number - 1], embeddings[number], share)
     return frames
+
+
+def check_transitions(starts: Sequence[int], num_frames: int, transition_frames: int) -> None:
+    """Whether changes between prompts fit.
+
+    Raises:
+        ValueError: transitions are longer than the prompts they join, or no number of frames.
+    """
+    if isinstance(transition_frames, bool) or not isinstance(transition_frames, int) or transition_frames < 0:
+        raise ValueError(f"`prompt_transition_frames` must be an integer of at least 0, got {transition_frames!r}.")
+    shortest = min(_lengths(starts, num_frames))
+    if len(starts) > 1 and transition_frames > shortest:
+        raise ValueError(
+            f"`prompt_transition_frames` must be at most {shortest}, the frames of the shortest prompt, got "
+            f"{transition_frames}."
+        )
+
+
+def _lengths(starts: Sequence[int], num_frames: int) -> list[int]:
+    return [end - start for start, end in zip(starts, [*starts[1:], num_frames], strict=True)]
 
 
 def several(prompt: Any) -> bool:

@@ -5,7 +5,10 @@ https://huggingface.co/papers/2401.09047. Its diffusers conversion by the author
 (`adamdad/videocrafterv2_diffusers`) has the keys of `UNet3DConditionModel`, and those of one more embedding.
 """
 
+import contextlib
+import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -135,7 +138,20 @@ class VideoCrafterUNet3DConditionModel(UNet3DConditionModel):
         undecided = "fps_cond" not in config and "fps_cond" not in kwargs
         extra = {"fps_cond": True} if undecided else {}
         load = super().from_pretrained
-        model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs, **extra)
+        with _without_warnings() if undecided else contextlib.nullcontext():
+            model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs, **extra)
         if undecided and any(key.startswith("fps_embedding") for key in info["missing_keys"]):
             model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs, fps_cond=False)
         return (model, info) if with_info else model
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Of weights that a trial finds missing, which are then not wanted."""
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

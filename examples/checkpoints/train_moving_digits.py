@@ -475,8 +475,8 @@ def write_card(
                 f"not seen it is right for {classifier_accuracy:.1%}); a clip shows what most of its frames show.\n\n"
                 "| share of clips with | |\n|---|---|\n"
                 + "\n".join(f"| {what} | {share:.1%} |" for what, share in shares.items())
-                + "\n\nThe way along its axis is a matter of chance: with little noise a model sees it in the frames, and "
-                "only at the noisiest timesteps would it have to read it; so few steps do not teach that."
+                + "\n\nThe way along its axis is a matter of chance: with little noise a model sees it in the frames, "
+                "and only at the noisiest timesteps would it have to read it; so few steps do not teach that."
             ),
         },
     )

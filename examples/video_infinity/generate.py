@@ -35,6 +35,7 @@ VideoCrafter2: give `--unet adamdad/videocrafterv2_diffusers` with `--model cers
 """
 
 import argparse
+import importlib.util
 import logging
 import time
 from pathlib import Path
@@ -187,7 +188,7 @@ def check_clips(args: argparse.Namespace, state: PartialState) -> None:
 
 
 def load_pipeline(args: argparse.Namespace, state: PartialState) -> DiffusionPipeline:
-    """On this process's device. The first process loads before the others: a custom pipeline's file is copied once."""
+    """On this process's device. The first process loads before the others, which then find what it downloaded."""
     dtype = getattr(torch, args.dtype or ("float32" if state.device.type == "cpu" else "float16"))
     options = {"revision": args.revision, "variant": args.variant, "dtype": dtype}
     if not state.is_main_process:
@@ -202,16 +203,18 @@ def load_pipeline(args: argparse.Namespace, state: PartialState) -> DiffusionPip
             components["unet"] = VideoCrafterUNet3DConditionModel.from_pretrained(
                 args.unet, revision=args.unet_revision, dtype=dtype
             )
-        kind = kind_of(args)
-        pipe = DiffusionPipeline.from_pretrained(
-            args.model,
-            custom_pipeline=str(ROOT / "pipelines" / f"video_infinity_{kind}.py"),
-            trust_remote_code=True,
-            **options,
-            **components,
-        )
+        pipe = pipeline_class(kind_of(args)).from_pretrained(args.model, **options, **components)
     pipe.set_progress_bar_config(disable=not state.is_main_process)
     return pipe.to(state.device)
+
+
+def pipeline_class(kind: str) -> type[DiffusionPipeline]:
+    """Of a file in pipelines/. `custom_pipeline=` would copy it in each process, and one could read half of it."""
+    name = f"video_infinity_{kind}"
+    spec = importlib.util.spec_from_file_location(name, ROOT / "pipelines" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return next(value for key, value in vars(module).items() if key.startswith("VideoInfinity"))
 
 
 def kind_of(args: argparse.Namespace) -> str:

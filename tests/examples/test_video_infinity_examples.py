@@ -115,7 +115,8 @@ def test_clips_in_one_process_change_nothing(alone, options, tmp_path, monkeypat
 
 
 def test_prompts_at_frames_are_those_of_a_list_that_changes_there(alone, options, tmp_path, monkeypatch):
-    without = [option for option in options if option not in PROMPTS]
+    first = options.index("--prompt")
+    without = (*options[:first], *options[first + len(PROMPTS) :])
     starts = ("--prompt", "a red cat", "--prompt_at", "4", "a blue dog on a mat", "--transition", "2")
     run_here(*without, *starts, monkeypatch=monkeypatch, folder=tmp_path)
     assert np.array_equal(frames_of(tmp_path), alone[1])

@@ -64,7 +64,11 @@ def test_spatial_layers_get_a_chunk_of_frames_at_a_time(kind):
     rows = []
     denoiser.conv_in.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     seen = []
-    inner = next(m for name, m in denoiser.named_modules() if name.endswith("resnets.0.conv1") or "spatial_res_block.conv1" in name)
+    inner = next(
+        m
+        for name, m in denoiser.named_modules()
+        if name.endswith("resnets.0.conv1") or "spatial_res_block.conv1" in name
+    )
     inner.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     call(denoiser, inputs_of(kind, denoiser, 7), VideoInfinityConfig(local_frames=1, num_clips=2))
     assert seen == [8, 6], "as many as the longest clip has, times the batch"
@@ -204,23 +208,23 @@ def test_attention_with_positions_in_clips_equals_a_loop_over_clips():
 
 
 @pytest.mark.parametrize(
-    ("changes", "frames", "message"),
+    ("changes", "message"),
     [
-        ({"frame_positions": "global"}, 40, r'`frame_positions="global"` needs at most 32 frames.*got 40'),
-        ({"local_frames": None}, 40, r"needs a number for `local_frames`, got None"),
-        ({"num_clips": 2}, 40, r"Clips of 20 frames with `local_frames=8`.*can be at most 6"),
-        ({"num_clips": 1}, 40, r"Clips of 40 frames.*cut the video into more clips"),
-        ({"num_clips": 4, "exchange": "key_value"}, 40, r'`exchange="key_value"` does not go with positions'),
+        ({"frame_positions": "global"}, r'`frame_positions="global"` needs at most 16 frames.*got 40'),
+        ({"local_frames": None}, r"needs a number for `local_frames`, got None"),
+        ({"num_clips": 4}, r"Clips of 10 frames with `local_frames=8`.*can be at most 3"),
+        ({"num_clips": 1}, r"Clips of 40 frames.*cut the video into more clips"),
+        ({"num_clips": 8, "local_frames": 4, "exchange": "key_value"}, r'`exchange="key_value"` does not go with'),
     ],
 )
-def test_positions_that_do_not_fit_are_refused_with_what_would(changes, frames, message):
+def test_positions_that_do_not_fit_are_refused_with_what_would(changes, message):
     denoiser = new_denoiser("motion")
-    assert longest(denoiser) == 32
+    assert longest(denoiser) == 16
     apply_video_infinity(denoiser, VideoInfinityConfig(**changes))
     calls = []
     denoiser.conv_in.register_forward_pre_hook(lambda module, args: calls.append(1))
     with pytest.raises(ValueError, match=message):
-        denoiser(**inputs_of("motion", denoiser, frames, batch_size=1))
+        denoiser(**inputs_of("motion", denoiser, 40, batch_size=1))
     assert not calls, "before any work"
 
 

@@ -1,5 +1,7 @@
 """From latents to frames in chunks, to all ranks or to one, and into a file that is whole or not there."""
 
+import contextlib
+import copy
 import os
 
 import imageio.v2 as imageio
@@ -18,7 +20,6 @@ from diffusers_ext.video_infinity.decoding import (
     to_uint8,
 )
 from tests.ranks import run_on_ranks
-from tests.tiny_checkpoints import TINY_PIPELINES
 
 
 SIZE = (16, 24)  # height, width
@@ -40,6 +41,9 @@ def as_decoded(frames):
 
 @pytest.fixture(scope="module")
 def pipe():
+    # Imported here: the ranks import this module as well, and need none of it.
+    from tests.tiny_checkpoints import TINY_PIPELINES
+
     return TINY_PIPELINES["text_to_video_sd"].build()
 
 
@@ -71,7 +75,7 @@ def test_latents_take_the_dtype_of_the_autoencoder_and_frames_are_single_precisi
     latents = torch.randn(1, 4, 2, 4, 6)
     (frames,) = decode_in_chunks(pipe.vae, latents.double(), 4)
     assert frames.dtype == torch.float32
-    vae = TINY_PIPELINES["text_to_video_sd"].build().vae.double()
+    vae = copy.deepcopy(pipe.vae).double()
     (expected,) = decode_in_chunks(vae, latents, 4)
     assert expected.dtype == torch.float32
     torch.testing.assert_close(frames, expected, rtol=0, atol=1e-5)
@@ -113,16 +117,16 @@ def test_an_unknown_gather_is_refused(gather):
         check_decoding(1, gather, None, 8)
 
 
-@pytest.mark.parametrize("path", ["film.txt", "film.png", "folder/film.v2"])
+@pytest.mark.parametrize("path", ["film.txt", "film.png", "film.webm", "folder/film.v2"])
 def test_a_suffix_that_no_encoder_writes_is_refused(path):
     with pytest.raises(ValueError, match=r"`output_path` must end in one of .*\.mp4.*or name a folder.*" + path):
         check_decoding(1, "all", path, 8)
 
 
-@pytest.mark.parametrize("path", ["film.mp4", "film.MP4", "film.gif", "a/b/film.webm", "folder", "a.b/folder"])
+@pytest.mark.parametrize("path", ["film.mp4", "film.MP4", "film.gif", "a/b/film.mkv", "folder", "a.b/folder"])
 def test_films_and_folders_are_taken(path):
     check_decoding(1, "rank0", path, 8)
-    check_decoding(1, "rank0", None, "not read without a path")
+    check_decoding(1, "rank0", None, 8)
 
 
 @pytest.mark.parametrize("fps", [0, -8, True, None, "8", float("nan")])
@@ -194,9 +198,58 @@ def test_a_film_has_its_frame_rate(tmp_path, fps):
 
 @pytest.mark.parametrize("name", ["film.GIF", "film.MP4"])
 def test_a_suffix_in_capitals_is_the_same_suffix(tmp_path, name):
-    frames = film(5)
-    write(tmp_path / name, frames)
+    write(tmp_path / name, film(5))
     assert len(read(tmp_path / name)) == 5
+    if name == "film.GIF":
+        with PIL.Image.open(tmp_path / name) as image:
+            assert image.info["loop"] == 0 and image.info["duration"] == 120
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".mkv", ".avi", ".mov"])
+def test_every_accepted_suffix_makes_a_film_that_can_be_read(tmp_path, suffix):
+    path, frames = tmp_path / f"film{suffix}", film(5)
+    check_decoding(1, "rank0", path, 8)
+    write(path, frames)
+    found = read(path)
+    assert len(found) == 5
+    for one, other in zip(found, frames.numpy(), strict=True):
+        assert np.abs(one.astype(int) - other.astype(int)).max() <= 20
+
+
+def test_a_size_that_the_encoder_cannot_write_is_an_error_and_no_empty_film(tmp_path):
+    """Or a film of that size."""
+    path, frames = tmp_path / "film.mp4", torch.full((4, 17, 25, 3), 90, dtype=torch.uint8)
+    old = film(3)
+    write(path, old)
+    try:
+        stream_frames(iter([as_decoded(frames)]), None, (), 4, path, 8)
+    except (ValueError, RuntimeError):
+        check(path, old)
+    else:
+        assert len(read(path)) == 4
+    assert os.listdir(tmp_path) == ["film.mp4"]
+
+
+def test_files_of_the_user_in_a_folder_are_never_deleted(tmp_path):
+    folder = tmp_path / "film"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("of the user")
+    with contextlib.suppress(OSError, ValueError):  # refusing is as good as leaving them there
+        check_decoding(4, "rank0", folder, 8)
+        stream_frames(iter([as_decoded(film(3))]), None, (), 4, folder, 8)
+    assert (folder / "notes.txt").read_text() == "of the user"
+    assert os.listdir(tmp_path) == ["film"]
+
+
+@pytest.mark.parametrize("name", ["film", "film.mp4"])
+def test_a_folder_in_the_place_of_a_file_or_a_file_in_that_of_a_folder_is_an_error_and_stays(tmp_path, name):
+    if name == "film":
+        (tmp_path / name).write_text("of the user")
+    else:
+        (tmp_path / name).mkdir()
+    with pytest.raises((OSError, ValueError)):
+        stream_frames(iter([as_decoded(film(3))]), None, (), 4, tmp_path / name, 8)
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).is_dir() == (name == "film.mp4")
 
 
 @pytest.mark.parametrize("name", NAMES)

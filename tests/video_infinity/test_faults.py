@@ -9,16 +9,17 @@ import torch
 from diffusers_ext import VideoInfinityConfig, apply_video_infinity, remove_video_infinity
 from diffusers_ext.distributed import CommunicationError
 from tests.ranks import run_on_ranks
+from tests.video_infinity.jobs import results
 from tests.video_infinity.videos import inputs_of, new_denoiser
 
 
 CONFIG = VideoInfinityConfig(local_frames=1, global_frames=2)
 
 
-def caught(function, *kinds):
+def caught(function):
     try:
         function()
-    except kinds or (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         return type(error).__name__, str(error)
     return None, ""
 
@@ -34,27 +35,8 @@ def other_config_on_rank(rank, world_size):
     return found
 
 
-def test_different_configs_are_refused_on_every_rank():
-    for name, message in run_on_ranks(other_config_on_rank, 3):
-        assert name == "CommunicationError"
-        assert "disagree about the config" in message and "rank 1 of 3 differs" in message
-
-
-def other_call_on_rank(rank, world_size, changes):
-    denoiser = new_denoiser("unet3d")
-    apply_video_infinity(denoiser, CONFIG)
-    inputs = inputs_of("unet3d", denoiser, 6)
-    wrong = {**inputs, **changes} if rank == 1 else inputs
-    with torch.no_grad():
-        found = caught(lambda: denoiser(**wrong))
-        output = denoiser(**inputs).sample  # the ranks are still together
-    remove_video_infinity(denoiser)
-    return found, output
-
-
 def wrong_calls():
-    denoiser = new_denoiser("unet3d")
-    inputs = inputs_of("unet3d", denoiser, 6)
+    inputs = inputs_of("unet3d", new_denoiser("unet3d"), 6)
     return {
         "number of frames": {"sample": inputs["sample"][:, :, :5]},
         "batch size": {"sample": inputs["sample"][:1], "encoder_hidden_states": inputs["encoder_hidden_states"][:1]},
@@ -62,25 +44,20 @@ def wrong_calls():
         "width": {"sample": inputs["sample"][..., :4]},
         "dtype": {"sample": inputs["sample"].float()},
         "timestep": {"timestep": 501},
+        "refused": {"timestep": torch.tensor([1, 2])},
     }
 
 
-@pytest.mark.parametrize("what", list(wrong_calls()))
-def test_a_call_with_other_arguments_is_refused_on_every_rank_with_both_values(what):
-    results = run_on_ranks(other_call_on_rank, 3, wrong_calls()[what])
-    for rank, ((name, message), _) in enumerate(results):
-        assert name == "CommunicationError"
-        assert f"a different {what}" in message and "rank 1" in message
-        assert message.startswith(f"The ranks were called with a different {what}: rank {rank} with ")
-    for _, output in results:
-        torch.testing.assert_close(output, results[0][1])
-
-
-def test_a_rank_that_refuses_its_arguments_is_named_on_the_others():
-    results = run_on_ranks(other_call_on_rank, 2, {"timestep": torch.tensor([1, 2])})
-    assert results[1][0][0] == "ValueError" and "`timestep` must be the same for all rows" in results[1][0][1]
-    assert results[0][0][0] == "CommunicationError" and "Rank 1 refused its arguments" in results[0][0][1]
-    torch.testing.assert_close(results[0][1], results[1][1])
+def wrong_calls_on_rank(rank, world_size):
+    denoiser, found = new_denoiser("unet3d"), {}
+    apply_video_infinity(denoiser, CONFIG)
+    inputs = inputs_of("unet3d", denoiser, 6)
+    with torch.no_grad():
+        for what, changes in wrong_calls().items():
+            wrong = {**inputs, **changes} if rank == 1 else inputs
+            found[what] = caught(lambda wrong=wrong: denoiser(**wrong))
+        found["output"] = denoiser(**inputs).sample  # the ranks are still together
+    return found
 
 
 def too_many_ranks(rank, world_size):
@@ -90,8 +67,42 @@ def too_many_ranks(rank, world_size):
         return caught(lambda: denoiser(**inputs_of("unet3d", denoiser, 2)))
 
 
+JOBS = {
+    "other config": (other_config_on_rank, (3,)),
+    "wrong calls": (wrong_calls_on_rank, (3,)),
+    "too many ranks": (too_many_ranks, (3,)),
+}
+
+
+def test_different_configs_are_refused_on_every_rank():
+    for name, message in results(__name__, 3)["other config"]:
+        assert name == "CommunicationError"
+        assert "disagree about the config" in message and "rank 1 of 3 differs" in message
+
+
+@pytest.mark.parametrize("what", [name for name in wrong_calls() if name != "refused"])
+def test_a_call_with_other_arguments_is_refused_on_every_rank_with_both_values(what):
+    for rank, found in enumerate(results(__name__, 3)["wrong calls"]):
+        name, message = found[what]
+        assert name == "CommunicationError" and "rank 1" in message
+        assert message.startswith(f"The ranks were called with a different {what}: rank {rank} with ")
+
+
+def test_after_refusals_the_ranks_go_on_together():
+    outputs = [found["output"] for found in results(__name__, 3)["wrong calls"]]
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0])
+
+
+def test_a_rank_that_refuses_its_arguments_is_named_on_the_others():
+    found = [one["refused"] for one in results(__name__, 3)["wrong calls"]]
+    assert found[1][0] == "ValueError" and "`timestep` must be the same for all rows" in found[1][1]
+    for name, message in (found[0], found[2]):
+        assert name == "CommunicationError" and "Rank 1 refused its arguments" in message
+
+
 def test_more_ranks_than_frames_are_an_error_on_all():
-    for name, message in run_on_ranks(too_many_ranks, 3):
+    for name, message in results(__name__, 3)["too many ranks"]:
         assert name == "ValueError" and "2 frames cannot be cut into 3 clips" in message
 
 

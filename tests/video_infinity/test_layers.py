@@ -1,5 +1,7 @@
 """Norms and convolutions of clips, each alone, and what is hooked in each denoiser."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,24 +14,40 @@ from diffusers_ext.hooks import attach
 from diffusers_ext.video_infinity import VideoInfinityContext, clip_bounds
 from diffusers_ext.video_infinity.hooks import FrameConvHook, FrameNormHook, in_chunks
 from diffusers_ext.video_infinity.layers import call_layout, find_temporal_layers
-from tests.ranks import run_on_ranks
+from tests.video_infinity.jobs import results
 from tests.video_infinity.videos import new_denoiser
 
 
 def on_own_clip(module, hooks, x, rank, world_size, config):
     """The layer on this rank's frames of `x` (batch, channels, frames, ...)."""
-    num_frames = x.shape[2]
-    bounds = clip_bounds(num_frames, world_size)
+    bounds = clip_bounds(x.shape[2], world_size)
     context = VideoInfinityContext(
-        num_frames=num_frames, bounds=bounds, rank=rank, group=torch.distributed.group.WORLD
+        num_frames=x.shape[2], bounds=bounds, rank=rank, group=torch.distributed.group.WORLD
     )
-    attach(module, "test", [(part, cls(config, context)) for part, cls in hooks(module)])
+    attach(module, "test", [(part, cls(config, context)) for part, cls in hooks])
     with torch.no_grad():
         return module(x[:, :, slice(*bounds[rank])])
 
 
-def assemble(parts):
-    return torch.cat(parts, dim=2)
+def video(num_frames=7):
+    generator = torch.Generator().manual_seed(3)
+    # Frames of different means and scales: statistics of one clip are not those of the video.
+    x = torch.randn(2, 8, num_frames, 3, 5, generator=generator).double()
+    frame = torch.arange(num_frames).double()[:, None, None]
+    return x * (1 + frame) + 3 * frame
+
+
+NORM_INPUTS = {
+    "uneven clips": (video(), torch.float64, 1e-12),
+    # What single precision holds of a large mean.
+    "large mean": (
+        (torch.randn(2, 8, 7, 3, 5, generator=torch.Generator().manual_seed(3)) + 1e4).double(),
+        torch.float32,
+        1e-3,
+    ),
+    # Squares beyond what half precision holds.
+    "half": ((video() * 100).half().double(), torch.float16, 5e-3),
+}
 
 
 def random_norm():
@@ -41,50 +59,13 @@ def random_norm():
     return norm
 
 
-def norm_of_clip(rank, world_size, x, dtype):
-    norm = random_norm().to(dtype)
-    return on_own_clip(norm, lambda m: [(m, FrameNormHook)], x.to(dtype), rank, world_size, VideoInfinityConfig())
-
-
-def video(num_frames=7, offset=0.0):
-    generator = torch.Generator().manual_seed(3)
-    # Frames of different means and scales: statistics of one clip are not those of the video.
-    x = torch.randn(2, 8, num_frames, 3, 5, generator=generator).double()
-    frame = torch.arange(num_frames).double()[:, None, None]
-    return x * (1 + frame) + 3 * frame + offset
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_group_statistics_are_those_of_the_whole_video_for_uneven_clips(world_size):
-    x = video()
-    expected = random_norm().double()(x)
-    found = assemble(run_on_ranks(norm_of_clip, world_size, x, torch.float64))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    apart = torch.cat([random_norm().double()(x[:, :, slice(*clip)]) for clip in clip_bounds(7, world_size)], dim=2)
-    assert (apart - expected).abs().max() > 0.5
-
-
-def test_group_statistics_survive_a_large_mean_in_single_precision():
-    x = torch.randn(2, 8, 7, 3, 5, generator=torch.Generator().manual_seed(3)).double() + 1e4
-    x = x.float().double()  # what single precision holds of it
-    expected = random_norm().double()(x)
-    found = assemble(run_on_ranks(norm_of_clip, 2, x, torch.float32))
-    assert found.dtype == torch.float32
-    assert (found.double() - expected).abs().max() < 1e-3
-
-
-def test_half_inputs_have_statistics_in_single_precision():
-    x = video() * 100  # squares beyond what half precision holds
-    x = x.half().double()
-    expected = random_norm().double()(x)
-    found = assemble(run_on_ranks(norm_of_clip, 2, x, torch.float16))
-    assert found.dtype == torch.float16
-    assert (found.double() - expected).abs().max() < 5e-3
-
-
-def conv_of_clip(rank, world_size, x, kernel):
-    conv = new_conv(kernel)
-    return on_own_clip(conv, lambda m: [(m, FrameConvHook)], x, rank, world_size, VideoInfinityConfig())
+def norms_of_clip(rank, world_size):
+    found = {}
+    for name, (x, dtype, _) in NORM_INPUTS.items():
+        norm = random_norm().to(dtype)
+        hooks = [(norm, FrameNormHook)]
+        found[name] = on_own_clip(norm, hooks, x.to(dtype), rank, world_size, VideoInfinityConfig())
+    return found
 
 
 def new_conv(kernel):
@@ -92,55 +73,86 @@ def new_conv(kernel):
     return nn.Conv3d(8, 8, (kernel, 1, 1), padding=(kernel // 2, 0, 0)).double()
 
 
-@pytest.mark.parametrize(("world_size", "kernel"), [(2, 3), (3, 3), (3, 5), (4, 7)])
-def test_a_convolution_sees_beyond_the_ends_of_clips_also_of_several_hops(world_size, kernel):
-    x = video(5)  # with 4 ranks and a kernel of 7, neighbours of neighbours
-    found = assemble(run_on_ranks(conv_of_clip, world_size, x, kernel))
-    torch.testing.assert_close(found, new_conv(kernel)(x), rtol=0, atol=1e-12)
-
-
-def new_conv_layer():
-    layer = TemporalConvLayer(8, norm_num_groups=4).double()
-    generator = torch.Generator().manual_seed(6)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
-    return layer
+def convs_of_clip(rank, world_size):
+    found = {}
+    for kernel in (3, 5, 7):
+        conv = new_conv(kernel)
+        found[kernel] = on_own_clip(conv, [(conv, FrameConvHook)], video(5), rank, world_size, VideoInfinityConfig())
+    return found
 
 
 class Frames(nn.Module):
-    """A `TemporalConvLayer` on (batch, channels, frames, h, w)."""
+    """A `TemporalConvLayer` on (batch, channels, frames, h, w), without norms where they are not what it is about."""
 
-    def __init__(self):
+    def __init__(self, with_norms=True):
         super().__init__()
-        self.layer = new_conv_layer()
+        self.layer = TemporalConvLayer(8, norm_num_groups=4).double()
+        generator = torch.Generator().manual_seed(6)
+        with torch.no_grad():
+            for parameter in self.layer.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+        if not with_norms:
+            for part in (self.layer.conv1, self.layer.conv2, self.layer.conv3, self.layer.conv4):
+                part[0] = nn.Identity()
 
     def forward(self, x):
         folded = x.transpose(1, 2).flatten(0, 1)
         return self.layer(folded, num_frames=x.shape[2]).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
-def conv_layer_of_clip(rank, world_size, x, config):
-    def hooks(module):
-        parts = list(module.modules())
-        norms = [(part, FrameNormHook) for part in parts if isinstance(part, nn.GroupNorm)]
-        return norms + [(part, FrameConvHook) for part in parts if isinstance(part, nn.Conv3d)]
+def conv_layers_of_clip(rank, world_size):
+    found = {}
+    for with_norms in (True, False):
+        for sync_conv in (True, False):
+            module = Frames(with_norms)
+            hooks = [(part, FrameNormHook) for part in module.modules() if isinstance(part, nn.GroupNorm)]
+            hooks += [(part, FrameConvHook) for part in module.modules() if isinstance(part, nn.Conv3d)]
+            config = VideoInfinityConfig(sync_conv=sync_conv)
+            found[with_norms, sync_conv] = on_own_clip(module, hooks, video(16), rank, world_size, config)
+    return found
 
-    return on_own_clip(Frames(), hooks, x, rank, world_size, config)
+
+JOBS = {
+    "norms": (norms_of_clip, (2, 3)),
+    "convolutions": (convs_of_clip, (2, 3, 4)),
+    "layers": (conv_layers_of_clip, (2,)),
+}
+
+
+def assembled(world_size, job, key):
+    """The clips of all ranks."""
+    return torch.cat([one[key] for one in results(__name__, world_size)[job]], dim=2)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("name", NORM_INPUTS)
+def test_group_statistics_are_those_of_the_whole_video(world_size, name):
+    x, dtype, tolerance = NORM_INPUTS[name]
+    expected = random_norm().double()(x)
+    found = assembled(world_size, "norms", name)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+    apart = torch.cat([random_norm().double()(x[:, :, slice(*clip)]) for clip in clip_bounds(7, world_size)], dim=2)
+    assert (apart - expected).abs().max() > 10 * tolerance
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_a_convolution_sees_beyond_the_ends_of_clips_also_of_several_hops(world_size, kernel):
+    found = assembled(world_size, "convolutions", kernel)
+    torch.testing.assert_close(found, new_conv(kernel)(video(5)), rtol=0, atol=1e-12)
 
 
 def test_without_halos_only_frames_near_the_border_change():
     """A layer of four convolutions of three frames reaches four frames far."""
-    x, border = video(16), 8
-    expected = Frames()(x)
-    # Statistics stay shared, but what is beyond the border then differs in them too: compare with exact statistics.
-    exact = assemble(run_on_ranks(conv_layer_of_clip, 2, x, VideoInfinityConfig()))
-    torch.testing.assert_close(exact, expected, rtol=0, atol=1e-11)
-    apart = assemble(run_on_ranks(conv_layer_of_clip, 2, x, VideoInfinityConfig(sync_conv=False)))
-    change = (apart - expected).abs().amax(dim=(0, 1, 3, 4))
-    assert change[border - 1] > 1e-2 and change[border] > 1e-2
-    far = torch.cat((change[: border - 4], change[border + 4 :]))
-    assert far.max() < 0.1 * change.max(), change
+    for with_norms in (True, False):
+        expected = Frames(with_norms)(video(16))
+        torch.testing.assert_close(assembled(2, "layers", (with_norms, True)), expected, rtol=0, atol=1e-9)
+        apart = assembled(2, "layers", (with_norms, False))
+        change = (apart - expected).abs().amax(dim=(0, 1, 3, 4))
+        assert change[4:12].min() > 1e-6
+        if not with_norms:  # statistics carry a change to all frames
+            assert change[:4].max() < 1e-9 and change[12:].max() < 1e-9
 
 
 def test_all_temporal_layers_of_a_3d_unet_are_found():
@@ -156,12 +168,9 @@ def test_all_temporal_layers_of_a_3d_unet_are_found():
     convolutions = [module for module in denoiser.modules() if isinstance(module, nn.Conv3d)]
     assert {id(module) for module in layers.convolutions} == {id(module) for module in convolutions}
     norms = {names[id(module)] for module in layers.norms}
-    assert norms == {
-        name
-        for name, module in denoiser.named_modules()
-        if isinstance(module, nn.GroupNorm)
-        and ("temp_convs" in name or name.endswith("transformer_in.norm") or name.split(".")[-3:-2] == ["temp_attentions"])
-    }
+    temporal = re.compile(r"temp_convs\.|^transformer_in\.norm$|temp_attentions\.\d+\.norm$")
+    groups = [name for name, module in denoiser.named_modules() if isinstance(module, nn.GroupNorm)]
+    assert norms == {name for name in groups if temporal.search(name)}
     assert layers.longest_positions is None and not layers.frame_numbers
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -144,9 +145,8 @@ def test_a_pipeline_is_the_mixin_before_the_base_and_says_how_it_is_started(pair
 
 
 @each_pipeline
-@pytest.mark.parametrize("num_frames", [4, 16])
-@pytest.mark.parametrize("output_type", ["np", "pt", "pil", "latent"])
-def test_until_enabled_it_is_the_stock_pipeline_bit_for_bit(pair, name, num_frames, output_type):
+@pytest.mark.parametrize(("output_type", "num_frames"), [("np", 4), ("pt", 4), ("pil", 4), ("latent", 4), ("np", 16)])
+def test_until_enabled_it_is_the_stock_pipeline_bit_for_bit(pair, name, output_type, num_frames):
     ours, stock = (
         pipe(**arguments(name, num_frames=num_frames, output_type=output_type)).frames
         for pipe in (pair.ours, pair.stock)
@@ -157,6 +157,19 @@ def test_until_enabled_it_is_the_stock_pipeline_bit_for_bit(pair, name, num_fram
         ours, stock = ([[np.asarray(frame) for frame in video] for video in film] for film in (ours, stock))
     assert np.array_equal(np.asarray(ours), np.asarray(stock))
     assert pair.ours.video_infinity_stats is None
+
+
+@each_pipeline
+def test_until_enabled_a_list_of_prompts_makes_a_video_each_and_chunks_are_decoded_as_asked(pair, name):
+    prompts = {"prompt": PROMPTS[:2], "negative_prompt": None}
+    expected = draw(pair.stock, name, **prompts)
+    assert len(expected) == 2
+    assert np.array_equal(draw(pair.ours, name, **prompts), expected)
+    rows = []
+    handle = pair.ours.vae.decoder.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    draw(pair.ours, name, decode_chunk_size=3)
+    handle.remove()
+    assert max(rows) == (FRAMES if name == "text_to_video" else 3)  # the stock one decodes all at once
 
 
 @each_pipeline
@@ -291,11 +304,12 @@ def test_a_prompt_changes_to_the_next_over_some_frames(pair, name, length, share
 @each_pipeline
 @pytest.mark.parametrize("noise", ["sliced", "per_frame", "rescheduled"])
 def test_noise_is_what_prepare_clip_latents_draws(pair, name, noise):
-    frames, fields = 20, SCOPE | {"num_clips": 2}  # beyond the window of 16
-    latents = prepare_clip_latents((1, 4, frames, 8, 16), generator=torch.Generator().manual_seed(0), noise=noise)
-    expected = draw_with(pair.ours, name, fields, num_frames=frames, latents=latents)
-    assert np.array_equal(draw_with(pair.ours, name, fields, num_frames=frames, noise=noise), expected)
-    sliced = draw_with(pair.ours, name, fields, num_frames=frames)
+    fields = SCOPE | {"num_clips": 2}
+    call = {"num_frames": 18, "num_inference_steps": 1}  # beyond the window of 16
+    latents = prepare_clip_latents((1, 4, 18, 8, 16), generator=torch.Generator().manual_seed(0), noise=noise)
+    expected = draw_with(pair.ours, name, fields, **call, latents=latents)
+    assert np.array_equal(draw_with(pair.ours, name, fields, **call, noise=noise), expected)
+    sliced = draw_with(pair.ours, name, fields, **call)
     assert np.array_equal(sliced, expected) == (noise == "sliced")
 
 
@@ -386,7 +400,7 @@ def test_a_film_is_what_the_rounded_frames_encode_to(pair, name, suffix, tmp_pat
     found, reference = (np.stack(imageio.mimread(path))[..., :3] for path in (film, alike))
     assert found.shape == expected.shape
     assert np.array_equal(found, reference)
-    assert np.abs(found.astype(float) - expected).mean() < 16  # what the encoder loses
+    assert np.abs(found.astype(float) - expected).mean() < 30  # noise is hard to encode; another film is 50 apart
     meta = imageio.get_reader(film).get_meta_data()
     assert meta["duration"] == 200 if suffix == ".gif" else meta["fps"] == 5
     assert {path.name for path in tmp_path.iterdir()} == {film.name, alike.name}
@@ -433,26 +447,40 @@ def test_a_folder_that_holds_anything_else_is_left_alone(pair, name, tmp_path):
 # Ranks
 
 
+def load_in_turn(name: str, checkpoint: str, **components) -> DiffusionPipeline:
+    """One rank after the other: each copies a local file anew, which another would find half-written."""
+    state = PartialState(cpu=True)
+    for rank in range(state.num_processes):
+        if rank == state.process_index:
+            pipe = load(name, checkpoint, **components)
+        state.wait_for_everyone()
+    return pipe
+
+
+TWO_STEPS = {"num_inference_steps": 2}
+
+
 def draw_on_rank(rank: int, world_size: int, checkpoints: dict[str, str], folder: str) -> dict[str, dict]:
     """What each pipeline draws on this rank, by pipeline and job."""
     found = {}
     for name, checkpoint in checkpoints.items():
-        with PartialState(cpu=True).main_process_first():  # the file is copied by the one, then found by the others
-            pipe = load(name, checkpoint)
+        pipe = load_in_turn(name, checkpoint)
         fields = fields_of(name, world_size)
         pipe.enable_video_infinity(**fields)
-        found[name] = {job: draw(pipe, name, gather="all", **changes) for job, changes in jobs_of(name, world_size)}
+        found[name] = {
+            job: draw(pipe, name, gather="all", **TWO_STEPS, **changes) for job, changes in jobs_of(name, world_size)
+        }
         for gather in ("rank0", "none"):
-            found[name][gather] = draw(pipe, name, gather=gather)
+            found[name][gather] = draw(pipe, name, gather=gather, **TWO_STEPS)
         for film in ("film", "film.mp4"):
             path = Path(folder) / f"{name}-{film}"
-            found[name][film] = pipe(**arguments(name, output_path=path, decode_chunk_size=2)).frames
-        found[name]["tuple"] = pipe(**arguments(name, return_dict=False))[0]
+            found[name][film] = pipe(**arguments(name, output_path=path, decode_chunk_size=2, **TWO_STEPS)).frames
+        found[name]["tuple"] = pipe(**arguments(name, return_dict=False, num_inference_steps=1))[0]
         found[name]["stats"] = pipe.video_infinity_stats
         pipe.disable_video_infinity()
         found[name]["whole"] = draw_with(pipe, name, WHOLE | {"frame_positions": "global"}, gather="all")
     if "text_to_video" in checkpoints:
-        pipe = load("text_to_video", checkpoints["text_to_video"], unet=frame_rate_unet())
+        pipe = load_in_turn("text_to_video", checkpoints["text_to_video"], unet=frame_rate_unet())
         found["videocrafter"] = draw_with(pipe, "text_to_video", SCOPE, fps=6, gather="all")
     return found
 
@@ -494,7 +522,7 @@ def test_ranks_draw_what_one_process_draws(drawn, pair, name):
     world_size, ranks, _ = drawn
     fields = fields_of(name, world_size)
     for job, changes in jobs_of(name, world_size):
-        expected = draw_with(pair.ours, name, fields, **changes)
+        expected = draw_with(pair.ours, name, fields, **TWO_STEPS, **changes)
         for found in ranks:
             np.testing.assert_allclose(found[name][job], expected, rtol=0, atol=CLOSE, err_msg=job)
             assert np.array_equal(found[name][job], ranks[0][name][job])
@@ -530,7 +558,7 @@ def test_rank_0_writes_the_film_of_all(drawn, pair, name, tmp_path):
     film = png_folder(folder / f"{name}-film").astype(int)
     assert film.shape == frames.shape and np.abs(film - frames).max() <= 1
     pair.ours.enable_video_infinity(**fields_of(name, world_size), mode="single")
-    pair.ours(**arguments(name, output_path=tmp_path / "film", decode_chunk_size=2))
+    pair.ours(**arguments(name, output_path=tmp_path / "film", decode_chunk_size=2, **TWO_STEPS))
     assert np.abs(film - png_folder(tmp_path / "film").astype(int)).max() <= 1
     assert len(imageio.mimread(folder / f"{name}-film.mp4")) == FRAMES
     written = {path.name for path in folder.iterdir()}
@@ -643,7 +671,7 @@ BAD = [
     ({"decode_chunk_size": 0}, "`decode_chunk_size` must be an integer of at least 1, got 0"),
     ({"decode_chunk_size": True}, "`decode_chunk_size` must be an integer of at least 1, got True"),
     ({"decode_chunk_size": 2.0}, "`decode_chunk_size` must be an integer of at least 1, got 2.0"),
-    ({"output_path": "film.txt"}, "`output_path` must end in one of .* film.txt"),
+    ({"output_path": "film.txt"}, r"`output_path` must end in one of .* got 'film\.txt'"),
     ({"output_path": 3}, "`output_path` must .* got 3"),
     ({"output_path": "film.mp4", "output_fps": 0}, "`output_fps` must be a number above 0, got 0"),
     ({"output_path": "film.mp4", "output_fps": "8"}, "`output_fps` must be a number above 0, got '8'"),
@@ -651,7 +679,7 @@ BAD = [
         {"output_path": "film", "output_type": "latent"},
         '`output_path` needs decoded frames, got `output_type="latent"`',
     ),
-    ({"output_path": "film", **TWO_VIDEOS}, "`output_path` takes one video, got a batch of 2"),
+    ({"output_path": "film", **TWO_VIDEOS}, "`output_path` takes one video, got 2"),
     ({"output_type": "film"}, "`output_type` must be one of .* got 'film'"),
 ]
 
@@ -689,11 +717,27 @@ def test_positions_that_do_not_fit_are_refused_before_any_work(pair, name, field
 
 
 @each_pipeline
-def test_arguments_without_a_name_and_several_prompts_without_the_method_are_refused(pair, name, no_work):
+def test_arguments_without_a_name_are_refused(pair, name, no_work):
     with pytest.raises(TypeError, match="by name"):
         pair.ours("a red cat", *((16, 32, FRAMES, 3) if name == "text_to_video" else (FRAMES, 16, 32, 3)))
+
+
+@each_pipeline
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": {0: "a red cat", 3: "a blue dog"}},
+        {"prompt": PROMPTS, "prompt_transition_frames": 1},
+        {"prompt": PROMPTS, "noise": "per_frame"},
+        {"prompt": PROMPTS, "output_path": "film"},
+    ],
+    ids=["dict", "transition", "noise", "file"],
+)
+def test_until_enabled_several_prompts_for_one_video_are_refused(pair, name, changes, no_work, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes = {"negative_prompt": None, **changes}
     with pytest.raises(ValueError, match="call `enable_video_infinity` first"):
-        draw(pair.ours, name, prompt=PROMPTS)
+        draw(pair.ours, name, **changes)
 
 
 @pytest.mark.parametrize("name", ["text_to_video"])
@@ -754,8 +798,8 @@ def test_a_card_names_its_base_both_doors_and_the_commands_of_both_launchers(nam
     assert "https://huggingface.co/papers/2406.16260" in text
     plain, custom, *_ = blocks
     models = card["base_model"] if isinstance(card["base_model"], list) else [card["base_model"]]
-    ours = pipeline_class_name((PIPELINES / f"video_infinity_{name}.py").read_text(), name)
-    assert ours.removeprefix("VideoInfinity") in text and "apply_video_infinity(pipe, " in plain
+    base = {"text_to_video": "TextToVideoSDPipeline", "animatediff": "AnimateDiffPipeline"}[name]
+    assert f"import {base}" in plain and "apply_video_infinity(pipe, " in plain
     assert all(f'"{model}"' in plain for model in models)
     assert f'custom_pipeline="org/video-infinity-{name.replace("_", "-")}"' in custom
     assert "trust_remote_code" not in plain and "trust_remote_code=True" in custom
@@ -803,5 +847,6 @@ def test_the_scripts_of_a_card_run(name, tiny_checkpoint, tmp_path, monkeypatch)
     exec(compile(plain, f"{name}, without remote code", "exec"), scope)
     assert (tmp_path / "video.mp4").stat().st_size > 0
     (tmp_path / "video.mp4").unlink()
+    custom = f"with distributed_session() as state:\n{textwrap.indent(custom, '    ')}"
     exec(compile(custom, f"{name}, custom pipeline", "exec"), scope)
     assert (tmp_path / "video.mp4").stat().st_size > 0

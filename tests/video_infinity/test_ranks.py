@@ -3,14 +3,12 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from torch.utils._pytree import tree_map
 
 from diffusers_ext import VideoInfinityConfig, apply_video_infinity, remove_video_infinity
 from diffusers_ext.distributed import CommunicationError
 from diffusers_ext.hooks import find_hook
 from diffusers_ext.video_infinity import clip_bounds, get_video_infinity_context, video_infinity_stats
-from diffusers_ext.video_infinity.context import VideoInfinityContext
-from tests.ranks import run_on_ranks
+from tests.video_infinity.jobs import results
 from tests.video_infinity.videos import KINDS, frame_dim, inputs_of, new_denoiser, tiny_text_to_video
 
 
@@ -33,9 +31,7 @@ SCOPES = {
 
 
 def replaced(config: VideoInfinityConfig, **changes) -> VideoInfinityConfig:
-    return VideoInfinityConfig(
-        **{**{name: getattr(config, name) for name in config.__dataclass_fields__}, **changes}
-    )
+    return VideoInfinityConfig(**{**{name: getattr(config, name) for name in config.__dataclass_fields__}, **changes})
 
 
 def call(kind, denoiser, num_frames, config=None, **changes):
@@ -49,49 +45,55 @@ def call(kind, denoiser, num_frames, config=None, **changes):
     return output
 
 
-def outputs_on_rank(rank, world_size, kind, jobs):
-    denoiser = new_denoiser(kind)
-    return [call(kind, denoiser, num_frames, config) for config, num_frames in jobs]
+BASE_JOBS = ((BASE, 7), (EVERY_KEY_TWICE, 6))
+
+
+def base_on_rank(rank, world_size):
+    return {kind: [call(kind, new_denoiser(kind), frames, config) for config, frames in BASE_JOBS] for kind in KINDS}
+
+
+def scopes_on_rank(rank, world_size):
+    return {
+        (kind, name): call(kind, new_denoiser(kind), frames, config)
+        for kind in KINDS
+        for name, (config, frames) in SCOPES.items()
+        if frames >= world_size
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_attending_to_the_whole_video_is_the_base_model_on_any_number_of_ranks(kind, world_size):
-    jobs = [(BASE, 7), (EVERY_KEY_TWICE, 6)]
     denoiser = new_denoiser(kind)
-    expected = [call(kind, denoiser, num_frames) for _, num_frames in jobs]
-    for outputs in run_on_ranks(outputs_on_rank, world_size, kind, jobs):
-        for output, base in zip(outputs, expected, strict=True):
+    expected = [call(kind, denoiser, frames) for _, frames in BASE_JOBS]
+    for outputs in results(__name__, world_size)["base"]:
+        for output, base in zip(outputs[kind], expected, strict=True):
             torch.testing.assert_close(output, base, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", SCOPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_ranks_compute_what_one_process_does(kind, world_size):
-    names = [name for name, (_, frames) in SCOPES.items() if frames >= world_size]
-    jobs = [SCOPES[name] for name in names]
+def test_ranks_compute_what_one_process_does(kind, name, world_size):
+    config, frames = SCOPES[name]
     denoiser = new_denoiser(kind)
-    expected = [
-        call(kind, denoiser, frames, replaced(config, mode="single", num_clips=world_size)) for config, frames in jobs
-    ]
-    base = [call(kind, denoiser, frames) for _, frames in jobs]
-    for outputs in run_on_ranks(outputs_on_rank, world_size, kind, jobs):
-        for name, output, single, plain in zip(names, outputs, expected, base, strict=True):
-            torch.testing.assert_close(output, single, rtol=0, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
-            assert (single - plain).abs().max() > 1e-5, f"{name}: the config must change something"
+    single = call(kind, denoiser, frames, replaced(config, mode="single", num_clips=world_size))
+    plain = call(kind, denoiser, frames)
+    assert (single - plain).abs().max() > 1e-5, "the config must change something"
+    for outputs in results(__name__, world_size)["scopes"]:
+        torch.testing.assert_close(outputs[kind, name], single, rtol=0, atol=1e-9)
 
 
-def other_calls_on_rank(rank, world_size, kind):
+def other_calls_on_rank(rank, world_size):
     """Kinds of call that pipelines make."""
-    denoiser = new_denoiser(kind)
-    apply_video_infinity(denoiser, SCOPES["even clips"][0])
-    found = []
-    with torch.no_grad():
-        for inputs in other_calls(kind, denoiser):
-            found.append(denoiser(**inputs, return_dict=False)[0])
-        inputs = inputs_of(kind, denoiser, 6)
-        found.append(denoiser(*inputs.values()).sample)
-    remove_video_infinity(denoiser)
+    found = {}
+    for kind in KINDS:
+        denoiser = new_denoiser(kind)
+        inputs = list(other_calls(kind, denoiser))
+        apply_video_infinity(denoiser, SCOPES["even clips"][0])
+        with torch.no_grad():
+            found[kind] = [denoiser(**one, return_dict=False)[0] for one in inputs]
+            found[kind].append(denoiser(*inputs_of(kind, denoiser, 6).values()).sample)
     return found
 
 
@@ -111,16 +113,10 @@ def residuals_of(denoiser, rows):
         for block in denoiser.down_blocks
     ]
     kind = "motion" if "Motion" in type(denoiser).__name__ else "unet3d"
-    hook = find_hook(denoiser, "video_infinity")
-    config = None if hook is None else hook.config
-    if config is not None:
-        remove_video_infinity(denoiser)
     with torch.no_grad():
         denoiser(**inputs_of(kind, denoiser, 2))
     for handle in handles:
         handle.remove()
-    if config is not None:
-        apply_video_infinity(denoiser, config)
     generator = torch.Generator().manual_seed(3)
     first = (denoiser.config.block_out_channels[0], 4, 8)
     skips = [first, *shapes]
@@ -134,45 +130,58 @@ def residuals_of(denoiser, rows):
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_kinds_of_timestep_residuals_and_positional_arguments(kind):
     denoiser = new_denoiser(kind)
+    inputs = list(other_calls(kind, denoiser))
     apply_video_infinity(denoiser, replaced(SCOPES["even clips"][0], mode="single", num_clips=2))
     with torch.no_grad():
-        expected = [denoiser(**inputs).sample for inputs in other_calls(kind, denoiser)]
+        expected = [denoiser(**one).sample for one in inputs]
         expected.append(denoiser(**inputs_of(kind, denoiser, 6)).sample)
-    for outputs in run_on_ranks(other_calls_on_rank, 2, kind):
-        for output, single in zip(outputs, expected, strict=True):
+    for outputs in results(__name__, 2)["other calls"]:
+        for output, single in zip(outputs[kind], expected, strict=True):
             torch.testing.assert_close(output, single, rtol=0, atol=1e-9)
 
 
-def clip_io_on_rank(rank, world_size, kind, bounds):
-    denoiser = new_denoiser(kind)
-    inputs = inputs_of(kind, denoiser, bounds[-1][1])
-    start, end = bounds[rank]
-    inputs["sample"] = inputs["sample"].narrow(frame_dim(kind), start, end - start)
-    if kind == "motion":
-        inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"].unflatten(0, (2, -1))[:, start:end].flatten(0, 1)
-    apply_video_infinity(denoiser, replaced(SCOPES["even clips"][0], io="clip"))
-    rows = []
-    denoiser.conv_in.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    with torch.no_grad():
-        output = denoiser(**inputs).sample
-    return output, rows, get_video_infinity_context(denoiser).bounds
+CLIPS = ((0, 2), (2, 7), (7, 8))
+
+
+def clip_io_on_rank(rank, world_size):
+    found, (start, end) = {}, CLIPS[rank]
+    for kind in KINDS:
+        denoiser = new_denoiser(kind)
+        inputs = inputs_of(kind, denoiser, CLIPS[-1][1])
+        inputs["sample"] = inputs["sample"].narrow(frame_dim(kind), start, end - start)
+        if kind == "motion":
+            text = inputs["encoder_hidden_states"].unflatten(0, (2, -1))
+            inputs["encoder_hidden_states"] = text[:, start:end].flatten(0, 1)
+        apply_video_infinity(denoiser, replaced(SCOPES["even clips"][0], io="clip"))
+        rows = []
+        denoiser.conv_in.register_forward_pre_hook(lambda module, args, rows=rows: rows.append(len(args[0])))
+        with torch.no_grad():
+            output = denoiser(**inputs).sample
+        found[kind] = output, rows, get_video_infinity_context(denoiser).bounds
+    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_clips_of_any_lengths_go_in_and_out_without_a_whole_latent(kind):
-    bounds = [(0, 2), (2, 7), (7, 8)]
     denoiser = new_denoiser(kind)
     expected = call(kind, denoiser, 8, replaced(SCOPES["even clips"][0], mode="single", num_clips=3))
-    for rank, (output, rows, found) in enumerate(run_on_ranks(clip_io_on_rank, 3, kind, bounds)):
-        start, end = bounds[rank]
+    for (start, end), found in zip(CLIPS, results(__name__, 3)["clip io"], strict=True):
+        output, rows, bounds = found[kind]
         torch.testing.assert_close(output, expected.narrow(frame_dim(kind), start, end - start), rtol=0, atol=1e-9)
         assert rows == [2 * (end - start)], "spatial layers see the clip's frames only"
-        assert list(found) == bounds
+        assert bounds == CLIPS
 
 
-def traffic_on_rank(rank, world_size, num_frames, config):
+TRAFFIC_CONFIG = VideoInfinityConfig(local_frames=2, global_frames=4)
+
+
+def traffic_on_rank(rank, world_size):
+    return {num_frames: traffic_of(num_frames) for num_frames in (11, 12)}
+
+
+def traffic_of(num_frames):
     denoiser = new_denoiser("unet3d")
-    apply_video_infinity(denoiser, config)
+    apply_video_infinity(denoiser, TRAFFIC_CONFIG)
     rows, attended, convolved, norms = [], [], [], []
     for name, module in denoiser.named_modules():
         if name == "conv_in":
@@ -181,12 +190,10 @@ def traffic_on_rank(rank, world_size, num_frames, config):
             module.register_forward_pre_hook(lambda module, args: attended.append(args[0][:, 0].numel() * 8))
         if isinstance(module, torch.nn.Conv3d):
             module.register_forward_pre_hook(lambda module, args: convolved.append(args[0][:, :, 0].numel() * 8))
-        hook = find_hook(module, "video_infinity")
-        if type(hook).__name__ == "FrameNormHook":
+        if type(find_hook(module, "video_infinity")).__name__ == "FrameNormHook":
             norms.append(module)
-    inputs = inputs_of("unet3d", denoiser, num_frames)
     with torch.no_grad():
-        denoiser(**inputs)
+        denoiser(**inputs_of("unet3d", denoiser, num_frames))
     context = get_video_infinity_context(denoiser)
     traffic = {name: (part.bytes_sent, part.rounds) for name, part in context.traffic.items()}
     assert context.bytes_sent == sum(sent for sent, _ in traffic.values()) == video_infinity_stats(denoiser).bytes_sent
@@ -195,9 +202,7 @@ def traffic_on_rank(rank, world_size, num_frames, config):
 
 @pytest.mark.parametrize("num_frames", [12, 11])
 def test_bytes_and_rounds_are_the_least_that_the_layers_need(num_frames):
-    world_size, p = 3, 2
-    config = VideoInfinityConfig(local_frames=p, global_frames=4)
-    found = run_on_ranks(traffic_on_rank, world_size, num_frames, config)
+    world_size, p = 3, TRAFFIC_CONFIG.local_frames
     bounds = clip_bounds(num_frames, world_size)
     shared = [j * num_frames // 4 for j in range(4)]
 
@@ -206,12 +211,14 @@ def test_bytes_and_rounds_are_the_least_that_the_layers_need(num_frames):
         near = range(max(0, start - frames_near), min(num_frames, end + frames_near))
         return {frame for frame in (*near, *index) if not start <= frame < end}
 
-    for rank, (rows, traffic, attention_bytes, attentions, conv_bytes, convs, norms) in enumerate(found):
+    for rank, found in enumerate(results(__name__, world_size)["traffic"]):
+        rows, traffic, attention_bytes, attentions, conv_bytes, convs, norms = found[num_frames]
         start, end = bounds[rank]
         assert rows == [2 * (end - start)]
-        sent = sum(start <= f < end for other in range(world_size) if other != rank for f in wanted(other, p, shared))
+        others = [other for other in range(world_size) if other != rank]
+        sent = sum(start <= f < end for other in others for f in wanted(other, p, shared))
         assert traffic["attention"] == (sent * attention_bytes, attentions)
-        halo = sum(start <= f < end for other in range(world_size) if other != rank for f in wanted(other, 1, []))
+        halo = sum(start <= f < end for other in others for f in wanted(other, 1, []))
         assert traffic["convolution"] == (halo * conv_bytes, convs)
         assert traffic["norm"][1] == norms > 0
         assert traffic["inputs"][1] == traffic["outputs"][1] == 1
@@ -227,8 +234,8 @@ def silent_on_rank(rank, world_size):
 
 
 def test_without_neighbours_and_global_frames_nothing_is_sent_but_the_shape_of_the_call():
-    for traffic in run_on_ranks(silent_on_rank, 2):
-        assert [name for name, part in traffic.items() if part.bytes_sent] == ["inputs"]
+    for traffic in results(__name__, 2)["silent"]:
+        assert [name for name, part in traffic.items() if part.bytes_sent or part.rounds] == ["inputs"]
 
 
 SCHEDULERS = {
@@ -237,7 +244,7 @@ SCHEDULERS = {
 }
 
 
-def videos_on_rank(rank, world_size, name):
+def video_on_rank(name):
     pipe = tiny_text_to_video(SCHEDULERS[name])
     apply_video_infinity(pipe, VideoInfinityConfig(local_frames=2, global_frames=3))
     generator = torch.Generator().manual_seed(0)
@@ -246,41 +253,43 @@ def videos_on_rank(rank, world_size, name):
     ).frames
 
 
+def videos_on_rank(rank, world_size):
+    return {name: video_on_rank(name) for name in SCHEDULERS}
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_pipeline_makes_the_same_video_on_any_number_of_ranks(name):
-    expected = videos_on_rank(0, 1, name)
+    expected = video_on_rank(name)
     for world_size in (2, 3):
-        for video in run_on_ranks(videos_on_rank, world_size, name):
-            torch.testing.assert_close(video, expected, rtol=0, atol=2e-4)
+        for videos in results(__name__, world_size)["videos"]:
+            torch.testing.assert_close(videos[name], expected, rtol=0, atol=2e-4)
 
 
-def half_on_rank(rank, world_size, dtype):
-    denoiser = new_denoiser("unet3d", dtype)
-    return call("unet3d", denoiser, 6, VideoInfinityConfig(local_frames=1, global_frames=2))
+HALF = VideoInfinityConfig(local_frames=1, global_frames=2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_stays_half_and_near(dtype):
-    expected = call("unet3d", new_denoiser("unet3d"), 6, VideoInfinityConfig(local_frames=1, global_frames=2))
-    for output in run_on_ranks(half_on_rank, 2, dtype):
-        assert output.dtype == dtype
-        error = (output.double() - expected).norm() / expected.norm()
-        assert error < (0.01 if dtype == torch.float16 else 0.08), error
+def half_on_rank(rank, world_size):
+    return {dtype: call("unet3d", new_denoiser("unet3d", dtype), 6, HALF) for dtype in (torch.float16, torch.bfloat16)}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.01), (torch.bfloat16, 0.08)])
+def test_half_precision_stays_half_and_near(dtype, tolerance):
+    expected = call("unet3d", new_denoiser("unet3d"), 6, HALF)
+    for outputs in results(__name__, 2)["half"]:
+        assert outputs[dtype].dtype == dtype
+        assert (outputs[dtype].double() - expected).norm() / expected.norm() < tolerance
 
 
 def in_a_smaller_group(rank, world_size):
     group = torch.distributed.new_group([1, 2])
     if rank == 0:
         return None
-    denoiser = new_denoiser("unet3d")
-    config = VideoInfinityConfig(local_frames=1, global_frames=2, process_group=group)
-    output = call("unet3d", denoiser, 5, config)
-    return tree_map(lambda x: x, output)
+    return call("unet3d", new_denoiser("unet3d"), 5, replaced(HALF, process_group=group))
 
 
 def test_a_process_group_of_some_ranks():
-    expected = call("unet3d", new_denoiser("unet3d"), 5, VideoInfinityConfig(local_frames=1, global_frames=2))
-    outputs = run_on_ranks(in_a_smaller_group, 3)
+    expected = call("unet3d", new_denoiser("unet3d"), 5, HALF)
+    outputs = results(__name__, 3)["smaller group"]
     assert outputs[0] is None
     for output in outputs[1:]:
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-9)
@@ -292,13 +301,26 @@ def alone_in_a_group(rank, world_size):
     with torch.no_grad():
         denoiser(**inputs_of("unet3d", denoiser, 4))
     context = get_video_infinity_context(denoiser)
-    assert isinstance(context, VideoInfinityContext) and not context.distributed
-    return context.bytes_sent
+    return context.distributed, context.bytes_sent, video_infinity_stats(denoiser).rank
 
 
 def test_a_world_of_one_sends_nothing():
-    assert run_on_ranks(alone_in_a_group, 1) == [0]
+    assert results(__name__, 1)["alone"] == [(False, 0, None)]
 
 
 def test_communication_errors_are_runtime_errors():
     assert issubclass(CommunicationError, RuntimeError)
+
+
+JOBS = {
+    "base": (base_on_rank, (1, 2, 3)),
+    "scopes": (scopes_on_rank, (2, 3, 4)),
+    "other calls": (other_calls_on_rank, (2,)),
+    "clip io": (clip_io_on_rank, (3,)),
+    "traffic": (traffic_on_rank, (3,)),
+    "silent": (silent_on_rank, (2,)),
+    "videos": (videos_on_rank, (2, 3)),
+    "half": (half_on_rank, (2,)),
+    "smaller group": (in_a_smaller_group, (3,)),
+    "alone": (alone_in_a_group, (1,)),
+}

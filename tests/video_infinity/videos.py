@@ -62,5 +62,3 @@ def tiny_text_to_video(scheduler=None) -> TextToVideoSDPipeline:
         pipe.scheduler = scheduler
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
