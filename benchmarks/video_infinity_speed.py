@@ -210,8 +210,8 @@ def report_single(out: Report, timings: Timings, memory: dict[str, float]) -> No
         rows,
         title=f"One process, motion UNet, {LONG} frames",
         note="FreeNoise: windows of 16 frames, stride 4, and diffusers' split inference with its defaults. Peak: "
-        "resident memory beyond that before the call, each in a process of its own. Aim: at most 0.8 of the time at no "
-        "more memory.",
+        "resident memory beyond that before the call, each in a process of its own. Aim: at most 0.8 of the time at "
+        "no more memory.",
     )
 
 

@@ -1,6 +1,8 @@
 """Put Video-Infinity on a denoiser or a pipeline, and take it off without a trace."""
 
 import logging
+import weakref
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from ..versions import warn_untested_versions
 from .attention import DualScopeAttnProcessor
 from .config import VideoInfinityConfig
 from .context import VideoInfinityContext
-from .denoiser_call import COMPILED, RootHook
+from .denoiser_call import RootHook
 from .hooks import (
     HOOK,
     FrameConvHook,
@@ -66,7 +68,9 @@ def apply_video_infinity(
 
     context = VideoInfinityContext(rank=0 if members is None else members.rank, group=channel)
     processors = [(attention, attention.processor) for attention, _ in layers.attentions]
-    root = RootHook(config, context, layout, layers.longest_positions, processors)
+    pipeline = denoiser_or_pipeline if isinstance(denoiser_or_pipeline, DiffusionPipeline) else None
+    check = _check_of(denoiser, pipeline, layers)
+    root = RootHook(config, context, layout, layers.longest_positions, processors, check)
     position_hooks = {id(module): PositionHook(config, context) for module in layers.positions}
     try:
         attach(denoiser, HOOK, _hooks(denoiser, root, layers, position_hooks))
@@ -160,15 +164,49 @@ def _check_usable(given: torch.nn.Module | DiffusionPipeline, denoiser: torch.nn
     name = type(denoiser).__name__
     if find_hook(denoiser, HOOK) is not None:
         raise ValueError(f"Video-Infinity is already applied to this {name}; call `remove_video_infinity` first.")
-    module = given if isinstance(given, torch.nn.Module) else getattr(given, "unet", None)
-    wrapped = isinstance(module, torch.nn.Module) and unwrap_module(module) is not module
-    if denoiser._compiled_call_impl is not None or wrapped:
-        raise RuntimeError(COMPILED.format(name))
+    _check_compiled(given, denoiser)
     if getattr(denoiser, "_parallel_config", None) is not None:
         raise ValueError(
             f"This {name} is under diffusers' context parallelism, which splits the sequence by itself. Use one of "
             "both."
         )
+
+
+def _check_compiled(given: torch.nn.Module | DiffusionPipeline, denoiser: torch.nn.Module) -> None:
+    module = given if isinstance(given, torch.nn.Module) else getattr(given, "unet", None)
+    wrapped = isinstance(module, torch.nn.Module) and unwrap_module(module) is not module
+    if denoiser._compiled_call_impl is not None or wrapped:
+        raise RuntimeError(
+            f"This {type(denoiser).__name__} is compiled as a whole (`torch.compile`), which Video-Infinity does not "
+            "support: what the clips exchange cannot be compiled. Use it without, or compile what is inside of its "
+            "layers."
+        )
+
+
+def _check_of(
+    denoiser: torch.nn.Module, pipeline: DiffusionPipeline | None, layers: TemporalLayers
+) -> Callable[[], None]:
+    """What may have come after apply and would pass by the method unnoticed."""
+    owner = None if pipeline is None else weakref.ref(pipeline)
+    attentions = [attention for attention, _ in layers.attentions]
+    denoiser_of = weakref.ref(denoiser)
+
+    def check() -> None:
+        denoiser = denoiser_of()
+        given = denoiser if owner is None or owner() is None else owner()
+        _check_compiled(given, denoiser)
+        found = find_temporal_layers(denoiser)  # refuses FreeNoise
+        own = {id(attention) for attention in attentions}
+        changed = any(id(attention) not in own for attention, _ in found.attentions)
+        changed |= any(not isinstance(attention.processor, DualScopeAttnProcessor) for attention in attentions)
+        changed |= any(find_hook(layer, HOOK) is None for layer in (*found.norms, *found.convolutions))
+        if changed:
+            raise RuntimeError(
+                f"Temporal layers or attention processors of this {type(denoiser).__name__} were replaced after "
+                "Video-Infinity was applied. Call `remove_video_infinity`, and apply it again."
+            )
+
+    return check
 
 
 def _find_members(config: VideoInfinityConfig) -> Members | None:

@@ -33,6 +33,12 @@ _ERROR, _FRAMES, _DTYPE, _TIMESTEP = 0, 1, 5, 6
 class RootHook(VideoInfinityHook):
     """On the denoiser: each call of it is one of the whole video, or of this rank's clip.
 
+    Args:
+        layout: where frames are among the arguments.
+        longest_positions: that the model's tables of frame positions have; None without one.
+        processors: see below.
+        check: raises where the denoiser is no longer as it was when the method was applied.
+
     Attributes:
         stats: what this rank did.
         processors: of the temporal attentions as they were before, to be put back.
@@ -45,8 +51,10 @@ class RootHook(VideoInfinityHook):
         layout: CallLayout,
         longest_positions: int | None,
         processors: list[tuple[nn.Module, Any]],
+        check: Callable[[], None],
     ) -> None:
         super().__init__(config, context)
+        self._check = check
         self.layout = layout
         self.longest_positions = longest_positions
         self.processors = processors
@@ -55,8 +63,7 @@ class RootHook(VideoInfinityHook):
 
     @torch.compiler.disable
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if module._compiled_call_impl is not None:
-            raise RuntimeError(COMPILED.format(type(module).__name__))
+        self._check()
         if self.context.failed is not None:
             raise CommunicationError(
                 f"An earlier call failed ({self.context.failed}), and the ranks no longer wait for each other. Call "
@@ -230,12 +237,6 @@ class RootHook(VideoInfinityHook):
         stats.rounds += context.rounds
         stats.wait_s += context.wait_s
         stats.compute_s += seconds - context.wait_s
-
-
-COMPILED = (
-    "This {} is compiled as a whole (`torch.compile`), which Video-Infinity does not support: what the clips exchange "
-    "cannot be compiled. Use it without, or compile what is inside of its layers."
-)
 
 
 def _with_sample(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

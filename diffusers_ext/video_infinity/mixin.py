@@ -181,6 +181,8 @@ class VideoInfinityMixin:
                 raise ValueError(
                     "Several prompts for one video need Video-Infinity: call `enable_video_infinity` first."
                 )
+            if "decode_chunk_size" in inspect.signature(super().__call__).parameters:
+                arguments["decode_chunk_size"] = decode_chunk_size
             return super().__call__(prompt=prompt, **arguments)  # the base pipeline, to the bit
         if self.video_infinity_enabled:
             check_video(self, num_frames)

@@ -251,10 +251,24 @@ def test_a_compiled_denoiser_is_refused(in_place, first):
     if first == "compile":
         with pytest.raises(RuntimeError, match="compiled as a whole"):
             apply_video_infinity(pipe, CONFIG)
-    elif in_place:
+    else:
         inputs = inputs_of("unet3d", new_denoiser("unet3d", torch.float32), 4)
         with pytest.raises(RuntimeError, match="compiled as a whole"):
             pipe.unet(**inputs)
+
+
+def test_what_is_replaced_after_apply_is_found_at_the_next_call():
+    pipe = TINY_PIPELINES["animatediff"].build()
+    call_kwargs = TINY_PIPELINES["animatediff"].call_kwargs()
+    apply_video_infinity(pipe, CONFIG)
+    pipe.unet.set_default_attn_processor()
+    with pytest.raises(RuntimeError, match="processors of this UNetMotionModel were replaced after"):
+        pipe(**call_kwargs)
+    remove_video_infinity(pipe)
+    apply_video_infinity(pipe, CONFIG)
+    pipe.enable_free_noise(context_length=4, context_stride=2)
+    with pytest.raises(ValueError, match="FreeNoise is enabled"):
+        pipe(**call_kwargs)
 
 
 def test_diffusers_context_parallelism_is_refused():
