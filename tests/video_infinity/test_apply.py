@@ -261,7 +261,10 @@ def test_what_is_replaced_after_apply_is_found_at_the_next_call():
     pipe = TINY_PIPELINES["animatediff"].build()
     call_kwargs = TINY_PIPELINES["animatediff"].call_kwargs()
     apply_video_infinity(pipe, CONFIG)
-    pipe.unet.set_default_attn_processor()
+    attention = next(
+        m for name, m in pipe.unet.named_modules() if "motion_modules" in name and name.endswith(".attn1")
+    )
+    attention.set_processor(SlicedAttnProcessor(1))
     with pytest.raises(RuntimeError, match="processors of this UNetMotionModel were replaced after"):
         pipe(**call_kwargs)
     remove_video_infinity(pipe)
