@@ -337,6 +337,7 @@ def save_pipeline(args: argparse.Namespace, vae: AutoencoderKL, tokenizer: CLIPT
         adapter = args.work_dir / "motion_adapter"
         denoiser.unet.save_motion_modules(str(adapter))
         parts["motion_adapter"] = MotionAdapter.from_pretrained(adapter, torch_dtype=torch.float16)
+        parts["motion_adapter"].register_to_config(_name_or_path="")  # a folder of this machine
     PIPELINES[args.architecture](**parts).save_pretrained(args.output_dir)
 
 
