@@ -87,12 +87,15 @@ UNET_WAYS = {
     "independent clips": Way(INDEPENDENT),
     "whole sequence (base model)": Way(None),
 }
-_MOTION = {**_DUAL, "token_count_base": 16}
+_MOTION = {**_DUAL, "local_frames": 8, "token_count_base": 16}
+_RELATIVE = {**_MOTION, "frame_positions": "relative"}
+_NEAR = {**_RELATIVE, "global_frames": 0, **_PLAIN}
 MOTION_WAYS = {
-    "full": Way(VideoInfinityConfig(**_MOTION)),
-    "full, 8 clips within trained positions": Way(VideoInfinityConfig(**{**_MOTION, "num_clips": 8})),
-    "full, no global frames": Way(VideoInfinityConfig(**{**_MOTION, "global_frames": 0})),
-    "full, rescheduled noise": Way(VideoInfinityConfig(**_MOTION), noise="rescheduled"),
+    "full, positions in clips": Way(VideoInfinityConfig(**_MOTION)),
+    "full, relative positions": Way(VideoInfinityConfig(**_RELATIVE)),
+    "full, relative, rescheduled noise": Way(VideoInfinityConfig(**_RELATIVE), noise="rescheduled"),
+    "relative, no global frames": Way(VideoInfinityConfig(**_NEAR)),
+    "relative, no global frames, rescheduled noise": Way(VideoInfinityConfig(**_NEAR), noise="rescheduled"),
     "FreeNoise": Way(None, free_noise, noise="rescheduled"),
     "independent clips": Way(None, apart=True),
 }
@@ -254,10 +257,21 @@ def directions_of(name: str, found: dict[str, list[dict[str, float]]]) -> str:
             > mean("whole sequence (base model)", "asked"),
         }
     else:
+        near = "relative, no global frames, rescheduled noise"
         expected = {
-            "full moves at least as much as FreeNoise": mean("full", "motion") >= mean("FreeNoise", "motion"),
-            "independent clips have a seam beyond full's": mean("independent clips", "seam")
-            > mean("full", "seam") + 0.5,
+            "relative positions show the asked digit more often than positions in clips": mean(
+                "full, relative positions", "asked"
+            )
+            > mean("full, positions in clips", "asked"),
+            "full with relative positions moves at least as much as FreeNoise": mean(
+                "full, relative positions", "motion"
+            )
+            >= mean("FreeNoise", "motion"),
+            f"{near}: the asked digit at least as often as by FreeNoise": mean(near, "asked")
+            >= mean("FreeNoise", "asked"),
+            f"{near}: moves at least as much": mean(near, "motion") >= mean("FreeNoise", "motion"),
+            f"independent clips have a seam beyond that of {near}": mean("independent clips", "seam")
+            > mean(near, "seam") + 0.5,
         }
     return "\n".join(f"- {what}: {'yes' if holds else '**no**'}" for what, holds in expected.items())
 

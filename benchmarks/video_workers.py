@@ -63,6 +63,7 @@ class _FreeNoise(AnimateDiffFreeNoiseMixin):
     def __init__(self, unet: UNetMotionModel) -> None:
         self.unet = unet
         self.motion_adapter = SimpleNamespace(config=unet.config)
+        self.device, self.dtype = unet.device, unet.dtype
 
 
 def call(rank: Rank, num_frames: int, calls: int = 1) -> dict[str, Any]:

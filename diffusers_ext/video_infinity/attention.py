@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .config import VideoInfinityConfig
 from .context import Scope, VideoInfinityContext
-from .positions import positions_in_clip, resolve_positions
+from .positions import positions_in_clip, relative_positions, resolve_positions
+from .relative_attention import attend_relatively
 
 
 class PositionTable(Protocol):
@@ -98,7 +99,7 @@ class DualScopeAttnProcessor:
                 both = torch.stack((key, value))  # (2, pixels, heads, frames, width)
                 foreign = self._exchange(both, dim=3).wait()
                 key, value = (torch.cat(parts, dim=2) for parts in zip((key, value), foreign, strict=True))
-            return _attend(query, key, value, scope)
+            return self._attend(attn, query, key, value, scope)
         exchange = self._exchange(hidden_states, dim=1)
         query, key, value = self._project(attn, with_own_positions)
         foreign = exchange.wait()
@@ -106,7 +107,7 @@ class DualScopeAttnProcessor:
             foreign = self._add(foreign, positions(exchange.frames))
             _, foreign_key, foreign_value = self._project(attn, foreign, "key_value")
             key, value = torch.cat((key, foreign_key), dim=2), torch.cat((value, foreign_value), dim=2)
-        return _attend(query, key, value, scope)
+        return self._attend(attn, query, key, value, scope)
 
     def _exchange(self, x: Tensor, dim: int):
         return self.context.exchange(x, dim, self.config.local_frames, self.config, "attention")
@@ -141,12 +142,15 @@ class DualScopeAttnProcessor:
                 asked = self._add(_frames(hidden_states, 1, keys), positions(keys))
                 query, _, _ = self._project(attn, asking, "query")
                 _, key, value = self._project(attn, asked, "key_value")
-                parts.append(_attend(query, key, value, scope))
+                parts.append(self._attend(attn, query, key, value, scope))
         else:
-            query, key, value = self._project(attn, self._add(hidden_states, range(self.context.num_frames)))
+            positions = self._positions_seen_by(scopes[0])
+            with_positions = self._add(hidden_states, positions(range(self.context.num_frames)))
+            query, key, value = self._project(attn, with_positions)
             for scope in scopes:
                 own = query[:, :, slice(*scope.queries)]
-                parts.append(_attend(own, _frames(key, 2, scope.keys), _frames(value, 2, scope.keys), scope))
+                asked = (_frames(part, 2, scope.keys) for part in (key, value))
+                parts.append(self._attend(attn, own, *asked, scope))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     # Positions
@@ -154,19 +158,48 @@ class DualScopeAttnProcessor:
     def _resolve(self) -> str:
         return resolve_positions(self.config, self.context.num_frames, self.context.bounds, len(self.positions.table))
 
-    def _positions_seen_by(self, scope: Scope) -> Callable[[Sequence[int]], Sequence[int]]:
-        """From frames to their positions as the queries of a clip see them."""
-        if self.positions is None or self._resolve() == "global":
+    def _positions_seen_by(self, scope: Scope) -> Callable[[Sequence[int]], Sequence[int] | None]:
+        """From frames to their positions as all queries of a clip see them; None: no position is to be added."""
+        if self.positions is None or self._resolve() == "relative":
+            return lambda frames: None
+        if self._resolve() == "global":
             return lambda frames: frames
         longest, start = len(self.positions.table), scope.queries[0]
         return lambda frames: positions_in_clip(frames, start, self.config.local_frames, longest)
 
-    def _add(self, hidden_states: Tensor, positions: Sequence[int]) -> Tensor:
-        """(pixels, frames, channels) with the embeddings of the frames' positions, for models that have them."""
-        if self.positions is None:
+    def _add(self, hidden_states: Tensor, positions: Sequence[int] | None) -> Tensor:
+        """(pixels, frames, channels) with the embeddings of the frames' positions, if they are to have any."""
+        if positions is None:
             return hidden_states
         table = self.positions.table.to(hidden_states.device)
         return hidden_states + _frames(table, 0, positions)
+
+    # Attention itself
+
+    def _attend(self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, scope: Scope) -> Tensor:
+        """Queries (pixels, heads, T, width) on keys and values (pixels, heads, S, width), to (pixels, T, channels)."""
+        if self.positions is not None and self._resolve() == "relative":
+            trained = self.config.token_count_base
+            seen = relative_positions(scope.queries, scope.keys, self.context.num_frames, trained)
+            table = self._projected_table(attn, trained)
+            attended = attend_relatively(query, key, value, table, *seen, scope.bias, scope.scale)
+        else:
+            if scope.scale is not None:
+                query = query * scope.scale[:, None]
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=scope.bias)
+        return attended.transpose(1, 2).flatten(2).to(query.dtype)
+
+    def _projected_table(self, attn: Attention, positions: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of position embeddings alone, each (1, heads, positions, width)."""
+        if attn.norm_q is not None or attn.norm_k is not None:
+            raise ValueError(
+                '`frame_positions="relative"` needs queries and keys that are not normalised: those of frames and of '
+                'their positions are made apart. Take "clip".'
+            )
+        table = self.positions.table[:positions]
+        with_zero = torch.cat((table, torch.zeros_like(table[:1])))[None]
+        projected = self._project(attn, with_zero)
+        return tuple(part[:, :, :-1] - part[:, :, -1:] for part in projected)  # the biases come with the frames
 
     # Projections
 
@@ -191,14 +224,6 @@ class DualScopeAttnProcessor:
         if attn.norm_k is not None and key is not None:
             key = attn.norm_k(key)
         return query, key, value
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, scope: Scope) -> Tensor:
-    """Queries (pixels, heads, T, width) on keys and values (pixels, heads, S, width), to (pixels, T, channels)."""
-    if scope.scale is not None:
-        query = query * scope.scale[:, None]
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=scope.bias)
-    return attended.transpose(1, 2).flatten(2).to(query.dtype)
 
 
 def _frames(x: Tensor, dim: int, frames: Sequence[int]) -> Tensor:

@@ -29,7 +29,7 @@ class VideoInfinityConfig:
         attn_scale: default 1.0; factor on the logits of temporal attention, finite.
         token_count_scale: default False; multiply the logits by log n / log `token_count_base` where a frame attends
             to n frames, which keeps the attention as sharp as at the trained length.
-        token_count_base: default 16; the trained length in frames, >= 2.
+        token_count_base: default 16; the trained length in frames, >= 2. Relative positions are within it too.
         global_phase: (t, local bias, global bias), added to the logits at timesteps >= t (0..1000, counted down while
             sampling). Default (800, 0, 10): first of all the frames agree on the whole. None: no such phase.
         local_phase: the same at timesteps < t. Default (800, 10, 0): then neighbours agree on detail. None: no such
@@ -43,7 +43,10 @@ class VideoInfinityConfig:
             `"key_value"`: keys and values, which saves projecting them again, with fast links and short clips.
         frame_positions: of models with position embeddings of frames (AnimateDiff). `"global"`: frame j has position
             j, up to the model's longest. `"clip"`: positions are counted within each clip and its neighbourhood, so
-            that any length fits; the result then depends on the clips. `"auto"` (default): global where it fits.
+            that any length fits; the result then depends on the clips. `"relative"`: each frame sees the others at
+            positions counted from its own, within the `token_count_base` trained ones; any length, and the result
+            does not depend on the clips. It keeps the subject best in our measurements. `"auto"` (default): global
+            where it fits, otherwise clip.
         mode: `"distributed"`: one clip a rank. `"single"`: one process holds the whole video. `"auto"` (default):
             distributed when a process group of more than one rank is initialised.
         io: of the denoiser with `"distributed"`. `"full"` (default): every rank calls it with the whole latent and
@@ -71,7 +74,7 @@ class VideoInfinityConfig:
     sync_conv: bool = True
     sync_attention: bool = True
     exchange: Literal["hidden_states", "key_value"] = "hidden_states"
-    frame_positions: Literal["auto", "global", "clip"] = "auto"
+    frame_positions: Literal["auto", "global", "clip", "relative"] = "auto"
     mode: Literal["auto", "distributed", "single"] = "auto"
     io: Literal["full", "clip"] = "full"
     num_clips: int | None = None

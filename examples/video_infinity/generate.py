@@ -87,7 +87,9 @@ def parse_args() -> tuple[argparse.Namespace, VideoInfinityConfig]:
     parser.add_argument("--local_frames", type=int, default=defaults.local_frames, help="on each side of a frame")
     parser.add_argument("--global_frames", type=int, default=defaults.global_frames, help="of the whole video")
     parser.add_argument("--num_clips", type=int, default=None, help="one process: how many clips; default 1")
-    parser.add_argument("--frame_positions", choices=("auto", "global", "clip"), default=defaults.frame_positions)
+    parser.add_argument(
+        "--frame_positions", choices=("auto", "global", "clip", "relative"), default=defaults.frame_positions
+    )
     parser.add_argument("--steps", type=int, default=None, help="default: the pipeline's")
     parser.add_argument("--guidance_scale", type=float, default=None, help="default: the pipeline's")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""The example of Video-Infinity: alone, by both launchers, on one machine and two, both pipelines; what is refused."""
+"""The examples of Video-Infinity: alone, by both launchers, on one machine and two; what is refused."""
 
 import logging
 import re
@@ -16,6 +16,7 @@ from tests.video_infinity.test_pipelines import frame_rate_unet
 
 
 GENERATE = "examples/video_infinity/generate.py"
+DIGITS = "examples/video_infinity/digits.py"
 TIMEOUT = 240
 FRAMES = 7
 SCOPE = ("--local_frames", "1", "--global_frames", "2")
@@ -152,6 +153,17 @@ def test_videocrafters_unet_is_told_the_frame_rate(options, tmp_path, monkeypatc
     assert np.abs(found[0] - found[1]).max() > 1
 
 
+def test_the_picture_of_digits_by_two_processes(tmp_path):
+    options = ("--num_frames", "16", "--steps", "2")
+    output = run_script(DIGITS, *options, folder=tmp_path, launch=2, launcher="torchrun", timeout=TIMEOUT)
+    difference = re.search(r"differ by ([\d.]+) grey levels at most", output)
+    assert float(difference[1]) < 0.1
+    picture = np.asarray(Image.open(tmp_path / "digits.png"))
+    ways = np.stack(np.split(picture, 4))[:, 26:]  # without the names
+    assert np.array_equal(ways[0], ways[1]) and not np.array_equal(ways[0], ways[2])
+    assert not np.array_equal(ways[1], ways[3])
+
+
 # What is refused
 
 
@@ -211,6 +223,24 @@ def test_a_prompt_for_the_first_frame_is_needed(options, message, monkeypatch, c
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / GENERATE))["parse_args"]()
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--num_frames", "15"), "--num_frames must be at least 16, got 15"),
+        (("--steps", "0"), "--steps must be at least 1, got 0"),
+        (("--output", "digits"), "--output must end with .png, got digits"),
+        (("--num_clips", "1"), r"--num_clips must be in 2..64, the number of frames, got 1"),
+    ],
+)
+def test_options_of_the_picture_that_cannot_be_are_refused(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [DIGITS, *options])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(str(ROOT / DIGITS), run_name="__main__")
+    assert re.search(message, capsys.readouterr().err + str(error.value))
+    assert not list(tmp_path.iterdir())
 
 
 def test_more_clips_than_frames_are_refused_before_the_model_is_loaded(tmp_path, monkeypatch):

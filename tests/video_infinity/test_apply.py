@@ -1,6 +1,7 @@
 """Apply and remove, what is refused, and one process that holds the whole video."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -207,9 +208,90 @@ def test_attention_with_positions_in_clips_equals_a_loop_over_clips():
         torch.testing.assert_close(attention(x), torch.cat(rows, dim=1), rtol=0, atol=1e-10)
 
 
+def test_relative_positions_of_a_trained_length_are_the_base_models():
+    denoiser = new_denoiser("motion")
+    inputs = inputs_of("motion", denoiser, 12, batch_size=1)
+    config = VideoInfinityConfig(**WHOLE, num_clips=3, frame_positions="relative", token_count_base=12)
+    torch.testing.assert_close(call(denoiser, inputs, config), call(denoiser, inputs), rtol=0, atol=1e-9)
+
+
+def test_relative_positions_do_not_depend_on_the_clips():
+    """Beyond the reach of the table, where positions in clips do."""
+    denoiser = new_denoiser("motion")
+    inputs = inputs_of("motion", denoiser, 20, batch_size=1)
+    fields = {"local_frames": 3, "global_frames": 4, "token_count_base": 6, "token_count_scale": True}
+    outputs = [
+        call(denoiser, inputs, VideoInfinityConfig(**fields, frame_positions="relative", num_clips=clips))
+        for clips in (1, 3, 20)
+    ]
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], rtol=0, atol=1e-9)
+    in_clips = [
+        call(denoiser, inputs, VideoInfinityConfig(**fields, frame_positions="clip", num_clips=clips))
+        for clips in (5, 10)
+    ]
+    assert (in_clips[0] - in_clips[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_attention_with_relative_positions_equals_a_loop_over_queries(bias):
+    denoiser = new_denoiser("motion")
+    block = next(m for name, m in denoiser.named_modules() if name.endswith("motion_modules.0.transformer_blocks.0"))
+    attention, table = block.attn1, block.pos_embed.pe[0].double()
+    if bias:  # which frames and positions must not both bring along
+        for name in ("to_q", "to_k", "to_v"):
+            layer = getattr(attention, name)
+            layer.bias = nn.Parameter(torch.linspace(-1, 1, layer.out_features, dtype=torch.float64))
+    num_frames, p, trained, shared = 14, 3, 6, [0, 7]
+    x = torch.randn(2, num_frames, attention.query_dim, generator=torch.Generator().manual_seed(0)).double()
+    rows = []
+    with torch.no_grad():
+        for i in range(num_frames):
+            start = min(max(i - trained // 2, 0), num_frames - trained)
+            keys = sorted({*range(max(0, i - p), min(num_frames, i + p + 1)), *shared})
+            asking = x[:, i : i + 1] + table[i - start]
+            seen = x[:, keys] + table[[min(max(j - start, 0), trained - 1) for j in keys]]
+            q, k, v = attention.to_q(asking), attention.to_k(seen), attention.to_v(seen)
+            q, k, v = (part.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for part in (q, k, v))
+            logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+            # After the threshold: neighbours with a bias of 10, global frames with 0, both added up.
+            weights = [(abs(i - j) <= p) * math.exp(10.0) + (j in shared) for j in keys]
+            logits = logits + torch.tensor(weights, dtype=torch.float64).log()
+            rows.append(attention.to_out[0]((logits.softmax(-1) @ v).transpose(1, 2).flatten(2)))
+    fields = {"local_frames": p, "global_frames": 2, "num_clips": 2}
+    apply_video_infinity(denoiser, VideoInfinityConfig(**fields, frame_positions="relative", token_count_base=trained))
+    get_video_infinity_context(denoiser).begin_call(num_frames, ((0, 7), (7, 14)), 500.0)
+    with torch.no_grad():
+        block.pos_embed(x)
+        torch.testing.assert_close(attention(x), torch.cat(rows, dim=1), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "closeness"), [(torch.float16, 2e-2), (torch.bfloat16, 2e-1)])
+def test_relative_positions_in_half_precision(dtype, closeness):
+    config = VideoInfinityConfig(local_frames=2, global_frames=3, frame_positions="relative", token_count_base=6)
+    outputs = []
+    for precision in (torch.float32, dtype):
+        denoiser = new_denoiser("motion", precision)
+        outputs.append(call(denoiser, inputs_of("motion", denoiser, 20, batch_size=1), config))
+    assert outputs[1].dtype == dtype
+    error = (outputs[1].float() - outputs[0]).norm() / outputs[0].norm()
+    assert error < closeness
+
+
+def test_relative_positions_refuse_queries_that_are_normalised():
+    denoiser = new_denoiser("motion")
+    for module in denoiser.modules():
+        if getattr(module, "pos_embed", None) is not None and hasattr(module, "attn1"):
+            module.attn1.norm_q = nn.LayerNorm(module.attn1.inner_dim // module.attn1.heads).double()
+    config = VideoInfinityConfig(local_frames=2, frame_positions="relative", token_count_base=6)
+    with pytest.raises(ValueError, match="needs queries and keys that are not normalised"):
+        call(denoiser, inputs_of("motion", denoiser, 20, batch_size=1), config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"frame_positions": "relative", "token_count_base": 17}, r"`token_count_base` trained pos.*got 17.*has 16"),
         ({"frame_positions": "global"}, r'`frame_positions="global"` needs at most 16 frames.*got 40'),
         ({"local_frames": None}, r"needs a number for `local_frames`, got None"),
         ({"num_clips": 4}, r"Clips of 10 frames with `local_frames=8`.*can be at most 3"),

@@ -35,7 +35,7 @@ LITERALS = {
     "overlap": ["sum", "once"],
     "group_norm": ["exact", "clip"],
     "exchange": ["hidden_states", "key_value"],
-    "frame_positions": ["auto", "global", "clip"],
+    "frame_positions": ["auto", "global", "clip", "relative"],
     "mode": ["auto", "distributed", "single"],
     "io": ["full", "clip"],
 }

@@ -24,6 +24,16 @@ SCOPES = {
     "G beyond F, counted": (VideoInfinityConfig(local_frames=1, global_frames=40, token_count_scale=True), 5),
     "no global frames": (VideoInfinityConfig(local_frames=1, global_frames=0, attn_scale=1.3), 5),
     "keys and values": (VideoInfinityConfig(local_frames=2, global_frames=3, exchange="key_value"), 8),
+    "relative positions": (
+        VideoInfinityConfig(local_frames=2, global_frames=3, frame_positions="relative", token_count_base=6),
+        11,
+    ),
+    "relative positions, keys and values": (
+        VideoInfinityConfig(
+            local_frames=3, global_frames=2, frame_positions="relative", token_count_base=4, exchange="key_value"
+        ),
+        9,
+    ),
     "convolutions apart": (VideoInfinityConfig(local_frames=2, global_frames=3, sync_conv=False), 8),
     "attention apart": (VideoInfinityConfig(local_frames=2, global_frames=3, sync_attention=False), 8),
     "norms apart": (VideoInfinityConfig(local_frames=2, global_frames=3, group_norm="clip"), 8),
