@@ -159,10 +159,11 @@ def group_stats(
     values = x.reshape(x.shape[0], groups, -1)
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     count = values.shape[-1]
-    variance, mean = torch.var_mean(values, dim=-1, correction=0)
-    # A large mean rounds away what the values differ by; its error is the mean of what is left.
-    error = (values - mean[..., None]).mean(dim=-1)
-    own = torch.stack((mean.double() + error, variance.double() * count, torch.full_like(mean, count).double()))
+    # A large mean rounds away what the values differ by: most of it is subtracted first, as some of them tell it.
+    near_mean = values[..., :: max(1, count // 256)].mean(dim=-1)
+    variance, rest = torch.var_mean(values - near_mean[..., None], dim=-1, correction=0)
+    mean = near_mean.double() + rest
+    own = torch.stack((mean, variance.double() * count, torch.full_like(mean, count)))
     means, deviations, counts = torch.stack(channel.gather_from_all(own, tag, what)).unbind(1)
     total = counts.sum(0)
     mean = (counts * means).sum(0) / total

@@ -47,12 +47,15 @@ class FrameNormHook(VideoInfinityHook):
         working = torch.promote_types(x.dtype, torch.float32)
         # Minus the mean first, and then what rounding has left of it: a large one would otherwise leave few digits.
         rounded = mean.to(working)
-        rest = (mean - rounded).to(working)
-        grouped = x.reshape(x.shape[0], module.num_groups, -1).to(working) - rounded[..., None] - rest[..., None]
-        y = (grouped * torch.rsqrt(variance + module.eps).to(working)[..., None]).view(x.shape)
+        scale = torch.rsqrt(variance + module.eps)
+        channels = x.shape[1] // module.num_groups
+        shift = ((rounded - mean) * scale).repeat_interleave(channels, dim=1)
+        scale = scale.repeat_interleave(channels, dim=1)
         if module.affine:
-            shape = (1, -1, *(1,) * (x.ndim - 2))
-            y = torch.addcmul(module.bias.to(working).view(shape), y, module.weight.to(working).view(shape))
+            scale, shift = scale * module.weight, shift * module.weight + module.bias
+        centred = x.reshape(x.shape[0], module.num_groups, -1).to(working) - rounded[..., None]
+        shape = (*x.shape[:2], *(1,) * (x.ndim - 2))
+        y = torch.addcmul(shift.to(working).view(shape), centred.view(x.shape), scale.to(working).view(shape))
         return y.to(x.dtype)
 
 
@@ -79,7 +82,14 @@ class FrameConvHook(VideoInfinityHook):
         missing = (0, 0, 0, 0, halo - before, halo - after)  # beyond the ends of the video
         if any(missing):
             padded = F.pad(padded, missing)
-        return self.original(padded)[:, :, halo:-halo]
+        if type(module) is not nn.Conv3d or module.padding_mode != "zeros":
+            return self.original(padded)[:, :, halo:-halo]
+        padding = module.padding
+        module.padding = (padding[0] - halo, *padding[1:])  # nothing is computed that would be dropped
+        try:
+            return self.original(padded)
+        finally:
+            module.padding = padding
 
 
 class PositionHook(VideoInfinityHook):
