@@ -8,8 +8,9 @@
     def test_add_up():
         assert run_on_ranks(add_up, 2, 10) == [21.0, 21.0]
 
-The ranks are new interpreters, started by `spawn`: they import the module of the function, not pytest's state, so
-fixtures and monkeypatches of the test do not reach them and a bare `assert` there shows its line but not its values.
+The ranks are new processes that import the module of the function, not pytest's state, so fixtures and monkeypatches
+of the test do not reach them and a bare `assert` there shows its line but not its values. Where the system can fork,
+they leave a server that has imported torch and diffusers (`PRELOADED`) once: importing takes longer than most tests.
 """
 
 from __future__ import annotations
@@ -32,14 +33,22 @@ from pathlib import Path
 from typing import Any
 
 
-# Nothing heavy is imported above: a rank imports this module before it has set the environment that torch and
-# huggingface_hub read once, when they are imported.
+# Nothing heavy is imported above: a spawned rank imports this module before it has set the environment that torch and
+# huggingface_hub read once, when they are imported. The server of forked ranks has pytest's environment.
 
 HOST = "127.0.0.1"
 STARTUP_TIMEOUT = 180.0  # seconds for all ranks to import torch and join, on a busy machine too
 GRACE = 3.0  # seconds in which the others may report their own errors once a rank has failed
 STACK_DUMP_TIME = 0.5  # seconds a rank gets to write down where it hangs
 POLL = 0.02  # seconds between two looks at the files
+PRELOADED = [
+    "torch.distributed",
+    "accelerate",
+    "diffusers.models.unets",
+    "diffusers.models.transformers",
+    "diffusers.pipelines.pipeline_utils",
+    "diffusers_ext",
+]
 
 
 class RankFailure(AssertionError):
@@ -146,13 +155,15 @@ def run_on_ranks(
     # The parent holds the store that the ranks meet at, as torchrun does: the system picks the port while the store
     # binds it, so no other process can take it in between.
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     ranks: list[_Rank] = []
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         try:
             for number in range(world_size):
                 files = _Files.of(Path(folder), number)
-                process = context.Process(target=_run_rank, args=(number, world_size, store.port, work, files))
+                surroundings = (dict(os.environ), os.getcwd())  # a forked rank has those of its server
+                life = (number, world_size, store.port, work, files, surroundings)
+                process = context.Process(target=_run_rank, args=life)
                 process.start()
                 ranks.append(_Rank(number, process, files, number in may_die))
             running, reason = _watch(ranks, timeout)
@@ -163,6 +174,14 @@ def run_on_ranks(
             for rank in ranks:
                 rank.process.join()
                 rank.process.close()
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)  # counts at the first start
+    return context
 
 
 def _watch(ranks: Sequence[_Rank], timeout: float) -> tuple[list[int], str]:
@@ -246,9 +265,15 @@ def _numbers(ranks: Sequence[int] | dict[int, str]) -> str:
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
 
 
-def _run_rank(rank: int, world_size: int, port: int, work: bytes, files: _Files) -> None:
+def _run_rank(
+    rank: int, world_size: int, port: int, work: bytes, files: _Files, surroundings: tuple[dict[str, str], str]
+) -> None:
     """The life of one rank. The work comes pickled, so that what it needs is imported in the right environment."""
+    environment, folder = surroundings
+    os.environ.clear()
+    os.chdir(folder)
     os.environ.update(
+        environment,
         MASTER_ADDR=HOST,
         MASTER_PORT=str(port),
         RANK=str(rank),

@@ -74,13 +74,15 @@ def apply_video_infinity(
     position_hooks = {id(module): PositionHook(config, context) for module in layers.positions}
     try:
         attach(denoiser, HOOK, _hooks(denoiser, root, layers, position_hooks))
+        for attention, position in layers.attentions:
+            hook = None if position is None else position_hooks[id(position)]
+            attention.set_processor(DualScopeAttnProcessor(config, context, hook))
     except BaseException:
-        if channel is not None:
+        if find_hook(denoiser, HOOK) is root:
+            _take_off(denoiser, root)
+        elif channel is not None:
             channel.close()
         raise
-    for attention, position in layers.attentions:
-        hook = None if position is None else position_hooks[id(position)]
-        attention.processor = DualScopeAttnProcessor(config, context, hook)
 
 
 def remove_video_infinity(denoiser_or_pipeline: torch.nn.Module | DiffusionPipeline) -> None:
@@ -93,9 +95,13 @@ def remove_video_infinity(denoiser_or_pipeline: torch.nn.Module | DiffusionPipel
     if root is None:
         logger.warning("Video-Infinity is not applied, so there is nothing to remove.")
         return
+    _take_off(denoiser, root)
+
+
+def _take_off(denoiser: torch.nn.Module, root: RootHook) -> None:
     detach(denoiser, HOOK)
     for attention, processor in root.processors:
-        attention.processor = processor
+        attention.set_processor(processor)
     if isinstance(root.context.group, Channel):
         root.context.group.close()
 
@@ -226,12 +232,18 @@ def _find_members(config: VideoInfinityConfig) -> Members | None:
             return None
         raise RuntimeError(f'`mode="distributed"` needs a process group. {LAUNCH_HINT.format(n=2)}')
     members = Members.of(config.process_group)
-    if config.num_clips not in (None, members.size) and (config.mode == "distributed" or members.size > 1):
+    if members.size > 1:
+        return members
+    if config.mode == "distributed":
+        _check_num_clips(config, members.size)
+    return None
+
+
+def _check_num_clips(config: VideoInfinityConfig, ranks: int) -> None:
+    if config.num_clips not in (None, ranks):
         raise ValueError(
-            f"`num_clips` must be None or the number of ranks, {members.size}, in distributed mode, got "
-            f"{config.num_clips}."
+            f"`num_clips` must be None or the number of ranks, {ranks}, in distributed mode, got {config.num_clips}."
         )
-    return members if members.size > 1 else None
 
 
 def _connect(members: Members, config: VideoInfinityConfig, denoiser: torch.nn.Module) -> Channel:
@@ -244,6 +256,7 @@ def _connect(members: Members, config: VideoInfinityConfig, denoiser: torch.nn.M
         check_agreement(
             channel, {"config": digest_of(repr(config)), "denoiser": digest_of(type(denoiser).__name__, shapes)}
         )
+        _check_num_clips(config, members.size)  # on all ranks alike, since their configs are
     except BaseException:
         channel.close()
         raise

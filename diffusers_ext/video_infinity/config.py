@@ -83,10 +83,10 @@ class VideoInfinityConfig:
 
     def __post_init__(self) -> None:
         for name in ("local_frames", "global_frames"):
-            _check_count(name, getattr(self, name), least=0, optional=True)
-        _check_count("token_count_base", self.token_count_base, least=2)
+            check_count(name, getattr(self, name), least=0, optional=True)
+        check_count("token_count_base", self.token_count_base, least=2)
         for name in ("num_clips", "spatial_chunk_frames"):
-            _check_count(name, getattr(self, name), least=1, optional=True)
+            check_count(name, getattr(self, name), least=1, optional=True)
         hints = get_type_hints(type(self))
         for name in ("overlap", "group_norm", "exchange", "frame_positions", "mode", "io"):
             allowed = get_args(hints[name])
@@ -112,7 +112,8 @@ class VideoInfinityConfig:
         return whole and plain and self.global_phase is None and self.local_phase is None
 
 
-def _check_count(name: str, value: Any, *, least: int, optional: bool = False) -> None:
+def check_count(name: str, value: Any, *, least: int, optional: bool = False) -> None:
+    """Raises ValueError unless `value` is an integer of at least `least` (or None, where optional)."""
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

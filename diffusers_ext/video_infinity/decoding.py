@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -75,6 +76,11 @@ def check_decoding(
             f"{str(output_path)!r}."
         )
     check_film_place(path)
+    needed = (
+        () if not path.suffix else ("imageio",) if path.suffix.lower() == ".gif" else ("imageio", "imageio_ffmpeg")
+    )
+    if any(importlib.util.find_spec(name) is None for name in needed):
+        raise ImportError(_film_hint(path))
 
 
 def check_film_place(path: Path) -> None:
@@ -132,9 +138,9 @@ def stream_frames(
     """
     distributed = context is not None and context.distributed
     if distributed and context.rank != 0:
-        for chunk in chunks:
-            frames = to_uint8(chunk).to(context.channel.device)
-            context.channel.send(frames, 0, _STREAM_TAG, "decoded frames").wait()
+        # Decoded first: rank 0 takes the clips in order, and the ranks would decode one after the other.
+        for frames in [to_uint8(chunk).cpu() for chunk in chunks]:
+            context.channel.send(frames.to(context.channel.device), 0, _STREAM_TAG, "decoded frames").wait()
         return
     writer, size = None, None
     try:
@@ -160,6 +166,13 @@ def stream_frames(
 def to_uint8(chunk: Tensor) -> Tensor:
     """Frames (1, n, 3, H, W) in [-1, 1] to (n, H, W, 3), rounded."""
     return ((chunk[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _film_hint(path: Path) -> str:
+    return (
+        f'Writing {path.suffix} files needs imageio with ffmpeg: pip install "diffusers-ext[video]"; or give '
+        "`output_path` a folder, for PNG files."
+    )
 
 
 class FilmWriter:
@@ -194,10 +207,7 @@ class FilmWriter:
             options = {"duration": 1000 / fps, "loop": 0} if self._is_gif else {"fps": fps, "macro_block_size": 1}
             self._writer = imageio.get_writer(self._unfinished, **options)
         except ImportError as error:
-            raise ImportError(
-                f'Writing {self.path.suffix} files needs imageio with ffmpeg: pip install "diffusers-ext[video]"; or '
-                "give `output_path` a folder, for PNG files."
-            ) from error
+            raise ImportError(_film_hint(self.path)) from error
 
     def append(self, frames: Tensor) -> None:
         """Further frames (n, H, W, 3), uint8.

@@ -26,8 +26,9 @@ from .stats import VideoInfinityStats
 logger = logging.getLogger(__name__)
 
 # What the ranks tell each other before each call, in this order.
-_TOLD = ("error", "number of frames", "batch size", "height", "width", "dtype", "timestep")
-_ERROR, _FRAMES, _DTYPE, _TIMESTEP = 0, 1, 5, 6
+_TOLD = ("error", "number of frames", "batch size", "height", "width", "dtype", "timestep", "latents")
+_ERROR, _FRAMES, _DTYPE, _TIMESTEP, _LATENTS = 0, 1, 5, 6, 7
+_LATENTS_TOLERANCE = 0.02  # between ranks on unlike devices; other noise differs by about 1
 
 
 class RootHook(VideoInfinityHook):
@@ -63,7 +64,6 @@ class RootHook(VideoInfinityHook):
 
     @torch.compiler.disable
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self._check()
         if self.context.failed is not None:
             raise CommunicationError(
                 f"An earlier call failed ({self.context.failed}), and the ranks no longer wait for each other. Call "
@@ -73,10 +73,14 @@ class RootHook(VideoInfinityHook):
                 what="the state of the ranks",
             )
         started = time.perf_counter()
-        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
-        bound.arguments.update(self.context.further_arguments)
-        run = self._alone if self.context.group is None else self._among_ranks
-        output = run(bound)
+
+        def bind() -> inspect.BoundArguments:
+            self._check()
+            bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+            bound.arguments.update(self.context.further_arguments)
+            return bound
+
+        output = self._alone(bind()) if self.context.group is None else self._among_ranks(bind)
         self._count(time.perf_counter() - started)
         return output
 
@@ -112,9 +116,9 @@ class RootHook(VideoInfinityHook):
 
     # A clip a rank
 
-    def _among_ranks(self, bound: inspect.BoundArguments) -> Any:
+    def _among_ranks(self, bind: Callable[[], inspect.BoundArguments]) -> Any:
         context = self.context
-        sample, timestep, bounds, told = self._agree(bound)  # raises on all ranks or on none
+        bound, sample, timestep, bounds, told = self._agree(bind)  # raises on all ranks or on none
         num_frames = bounds[-1][1]
         self._check_positions(num_frames, bounds)
         context.begin_call(num_frames, bounds, timestep, sample.shape[0])
@@ -130,21 +134,25 @@ class RootHook(VideoInfinityHook):
             context.fail(error)
             raise
 
-    def _agree(self, bound: inspect.BoundArguments) -> tuple[Tensor, float, Bounds, int]:
+    def _agree(
+        self, bind: Callable[[], inspect.BoundArguments]
+    ) -> tuple[inspect.BoundArguments, Tensor, float, Bounds, int]:
         """Whether all ranks were called alike; raises on all of them where one was not.
 
         Returns:
-            sample, timestep, the clips, and the bytes that it took.
+            arguments, sample, timestep, the clips, and the bytes that it took.
         """
         context, config, dim = self.context, self.config, self.layout.frame_dim
         problem, row = None, [1, *[0] * (len(_TOLD) - 1)]
         try:
+            bound = bind()
             sample, timestep = self._checked(bound)
             shape = [sample.shape[dim], sample.shape[0], *sample.shape[-2:]]
-            row = [0, *shape, zlib.crc32(str(sample.dtype).encode()), _bits(timestep)]
+            probe = _probe(sample) if config.io == "full" else 0.0
+            row = [0, *shape, zlib.crc32(str(sample.dtype).encode()), _bits(timestep), _bits(probe)]
             if config.io == "full":
                 clip_bounds(sample.shape[dim], context.channel.members.size)
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # told to the others, who would wait for this rank otherwise
             problem, row[_ERROR] = error, 1
         rows = context.channel.gather_from_all(torch.tensor(row), context.next_tag(), "the shape of the call")
         rows = [one.tolist() for one in rows]
@@ -152,15 +160,18 @@ class RootHook(VideoInfinityHook):
             raise problem
         refused = [rank for rank, one in enumerate(rows) if one[_ERROR]]
         if refused:
-            raise self._disagreement(
-                f"Rank {refused[0]} refused its arguments of the denoiser", refused[0], "arguments"
-            )
+            raise self._disagreement(f"Rank {refused[0]} refused its call of the denoiser", refused[0], "arguments")
         for index, name in enumerate(_TOLD):
             if index == _FRAMES and config.io == "clip":
                 continue
-            other = next((rank for rank, one in enumerate(rows) if one[index] != row[index]), None)
+            other = next((rank for rank, one in enumerate(rows) if _differ(index, one[index], row[index])), None)
             if other is not None:
                 shown = [_shown(index, one[index]) for one in (row, rows[other])]
+                if index == _LATENTS:
+                    message = f"Ranks {context.rank} and {other} were called with different latents: give all of them "
+                    raise self._disagreement(
+                        f"{message}a `generator` of the same seed, or the same `latents`", other, name
+                    )
                 raise self._disagreement(
                     f"The ranks were called with a different {name}: rank {context.rank} with {shown[0]}, rank "
                     f"{other} with {shown[1]}",
@@ -172,7 +183,7 @@ class RootHook(VideoInfinityHook):
             bounds = tuple(zip([0, *ends], ends, strict=False))
         else:
             bounds = tuple(clip_bounds(sample.shape[dim], len(rows)))
-        return sample, timestep, bounds, 8 * len(row) * (len(rows) - 1)
+        return bound, sample, timestep, bounds, 8 * len(row) * (len(rows) - 1)
 
     def _disagreement(self, message: str, peer: int, what: str) -> CommunicationError:
         return CommunicationError(f"{message}.", rank=self.context.rank, peer=peer, what=what)
@@ -246,13 +257,30 @@ def _with_sample(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return type(output)(sample=change(output.sample))
 
 
+def _probe(sample: Tensor) -> float:
+    """A number of about unit size by which other latents of the same kind are told."""
+    flat = sample.detach().flatten().to(torch.promote_types(sample.dtype, torch.float32))
+    wave = torch.cos(torch.arange(len(flat), device=flat.device, dtype=flat.dtype))
+    return float(flat @ wave / (flat.norm() * 0.5**0.5).clamp_min(1e-12))
+
+
+def _differ(index: int, value: int, other: int) -> bool:
+    if index != _LATENTS:
+        return value != other
+    return abs(_number(value) - _number(other)) > _LATENTS_TOLERANCE  # not where there is no number
+
+
 def _bits(number: float) -> int:
     return struct.unpack("<q", struct.pack("<d", number))[0]
 
 
+def _number(bits: int) -> float:
+    return struct.unpack("<d", struct.pack("<q", bits))[0]
+
+
 def _shown(index: int, value: int) -> str:
     if index == _TIMESTEP:
-        return f"{struct.unpack('<d', struct.pack('<q', value))[0]:g}"
+        return f"{_number(value):g}"
     if index == _DTYPE:
         names = {zlib.crc32(str(dtype).encode()): str(dtype) for dtype in _DTYPES}
         return names.get(value, "another")

@@ -6,7 +6,7 @@ Pure functions of frame numbers; what carries them out is in `attention.py`.
 import torch
 from torch import LongTensor, Tensor
 
-from .config import VideoInfinityConfig
+from .config import VideoInfinityConfig, check_count
 
 
 Bounds = tuple[tuple[int, int], ...]
@@ -18,8 +18,8 @@ def clip_bounds(num_frames: int, num_clips: int) -> list[tuple[int, int]]:
     Raises:
         ValueError: there are more clips than frames, or fewer than one.
     """
-    if num_clips < 1:
-        raise ValueError(f"`num_clips` must be at least 1, got {num_clips}.")
+    check_count("num_frames", num_frames, least=1)
+    check_count("num_clips", num_clips, least=1)
     if num_clips > num_frames:
         raise ValueError(
             f"A video of {num_frames} frames cannot be cut into {num_clips} clips (`num_clips`, or ranks)."
@@ -35,7 +35,12 @@ def global_frame_index(num_frames: int, global_frames: int | None) -> list[int]:
     Args:
         num_frames: F, of the whole video.
         global_frames: G, at most F of them are taken; None: all frames.
+
+    Raises:
+        ValueError: not a number of frames.
     """
+    check_count("num_frames", num_frames, least=1)
+    check_count("global_frames", global_frames, least=0, optional=True)
     count = num_frames if global_frames is None else min(global_frames, num_frames)
     return [j * num_frames // count for j in range(count)]
 

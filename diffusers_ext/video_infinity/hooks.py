@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..hooks import GuardedHook
 from .config import VideoInfinityConfig
 from .context import VideoInfinityContext
+from .layers import bare_layer
 
 
 HOOK = "video_infinity"
@@ -71,7 +72,7 @@ class FrameConvHook(VideoInfinityHook):
             if self.config.sync_conv or len(context.bounds) < 2:
                 return self.original(x)
             return by_clips(self.original, x, context)
-        halo = (module.kernel_size[0] - 1) // 2
+        halo = (bare_layer(module).kernel_size[0] - 1) // 2
         if not self.config.sync_conv or halo == 0:
             return self.original(x)
         exchange = context.exchange(x, 2, halo, None, "convolution")

@@ -97,6 +97,11 @@ def call_layout(denoiser: nn.Module) -> CallLayout:
     raise TypeError(f"`denoiser_or_pipeline` must be a denoiser ({known}) or a pipeline with one, got {name}.")
 
 
+def bare_layer(layer: nn.Module) -> nn.Module:
+    """The layer itself, or the one inside of PEFT's wrapper (LoRA)."""
+    return getattr(layer, "base_layer", layer)
+
+
 def find_temporal_layers(denoiser: nn.Module) -> TemporalLayers:
     """All layers of a denoiser that the method concerns.
 
@@ -130,7 +135,7 @@ def find_temporal_layers(denoiser: nn.Module) -> TemporalLayers:
         elif isinstance(module, TemporalConvLayer):
             for part in (module.conv1, module.conv2, module.conv3, module.conv4):
                 found.norms.extend(child for child in part if isinstance(child, nn.GroupNorm))
-                found.convolutions.extend(child for child in part if isinstance(child, nn.Conv3d))
+                found.convolutions.extend(child for child in part if isinstance(bare_layer(child), nn.Conv3d))
         elif isinstance(module, TemporalResnetBlock):
             found.norms.extend((module.norm1, module.norm2))
             found.convolutions.extend((module.conv1, module.conv2))

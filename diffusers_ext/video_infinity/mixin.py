@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..hooks import find_hook
 from ..videocrafter import VideoCrafterUNet3DConditionModel
 from .apply import (
     apply_video_infinity,
@@ -24,6 +25,8 @@ from .apply import (
 from .config import VideoInfinityConfig
 from .context import VideoInfinityContext
 from .decoding import Gather, check_decoding, decode_in_chunks, gather_frames, stream_frames
+from .dual_scope import clip_bounds
+from .hooks import HOOK
 from .noise import Noise, prepare_clip_latents
 from .prompts import Prompts, check_transitions, prompt_starts, several, spread_embeddings
 from .stats import VideoInfinityStats
@@ -128,10 +131,15 @@ class VideoInfinityMixin:
         """
         check_decoding(decode_chunk_size, gather, output_path, fps)
         context = get_video_infinity_context(self) if is_video_infinity_applied(self) else None
-        if context is not None and context.distributed and latents.shape[2] == context.num_frames:
-            latents = latents[:, :, slice(*context.clip)]
+        if not isinstance(latents, Tensor) or latents.ndim != 5:
+            raise ValueError(
+                "`latents` must be a tensor (batch, channels, frames, h, w), got "
+                f"{getattr(latents, 'shape', latents)!r}."
+            )
         if output_path is not None and len(latents) != 1:
             raise ValueError(f"`output_path` takes one video, got a batch of {len(latents)}.")
+        if context is not None and context.group is not None:
+            latents = _own_clip(latents, context)
         chunks = decode_in_chunks(self.vae, latents, decode_chunk_size)
         try:
             if output_path is not None:
@@ -185,7 +193,9 @@ class VideoInfinityMixin:
                 arguments["decode_chunk_size"] = decode_chunk_size
             return super().__call__(prompt=prompt, **arguments)  # the base pipeline, to the bit
         if self.video_infinity_enabled:
+            self._check_io()
             check_video(self, num_frames)
+        _check_latents(arguments.get("latents"), num_frames)
         starts = {0: ""} if prompt is None else prompt_starts(prompt, num_frames)
         check_transitions(list(starts), num_frames, prompt_transition_frames)
         if (
@@ -218,10 +228,23 @@ class VideoInfinityMixin:
         output.frames = video
         return output if return_dict else (video,)
 
+    def _check_io(self) -> None:
+        """This pipeline's loop holds the whole latents."""
+        root = find_hook(find_denoiser(self), HOOK)
+        if root.context.group is not None and root.config.io == "clip":
+            raise ValueError(
+                '`io="clip"` is for loops that hold one clip only; this pipeline needs `io="full"`, and decodes clip '
+                "by clip all the same."
+            )
+
     def _text_of_frames(
         self, prompt: Prompts, num_frames: int, transition_frames: int, arguments: dict[str, Any]
     ) -> Tensor:
         """Also gives the base pipeline the first prompt: what it makes of it is replaced in the UNet."""
+        if arguments.get("negative_prompt_embeds") is not None:
+            raise ValueError(
+                "`negative_prompt_embeds` cannot be given with several prompts for one video; give `negative_prompt`."
+            )
         guided = arguments.get("guidance_scale", _default(super().__call__, "guidance_scale")) > 1
         table = self.encode_frame_prompts(
             prompt,
@@ -275,6 +298,10 @@ class VideoInfinityMixin:
         if not isinstance(find_denoiser(self), VideoCrafterUNet3DConditionModel):
             name = type(find_denoiser(self)).__name__
             raise ValueError(f"`fps` conditions VideoCrafter's UNet only, got fps={fps} with a {name}.")
+        if not find_denoiser(self).config.fps_cond:
+            raise ValueError(f"`fps` needs a UNet that was trained with it (`fps_cond`), got fps={fps} without.")
+        if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float("inf"):
+            raise ValueError(f"`fps` must be a number above 0, got {fps!r}.")
         if not self.video_infinity_enabled:
             raise ValueError("`fps` reaches the UNet by Video-Infinity: call `enable_video_infinity` first.")
         return {"fps": fps}
@@ -286,6 +313,33 @@ class VideoInfinityMixin:
         if VideoInfinityMixin in type(self).__bases__ and bases:
             config["_class_name"] = bases[0]
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _own_clip(latents: Tensor, context: VideoInfinityContext) -> Tensor:
+    """This rank's frames of a whole video's latents; those of its own clip stay as they are.
+
+    Raises:
+        ValueError: neither.
+    """
+    if not context.num_frames:  # before the first call of the denoiser: there has been no other clip than the whole
+        bounds = tuple(clip_bounds(latents.shape[2], context.channel.members.size))
+        context.begin_call(latents.shape[2], bounds, None)
+    start, end = context.clip
+    if latents.shape[2] == context.num_frames:
+        return latents[:, :, start:end]
+    if latents.shape[2] != end - start:
+        raise ValueError(
+            f"`latents` must have the {context.num_frames} frames of the last video, or the {end - start} of this "
+            f"rank's clip of it, got {latents.shape[2]}."
+        )
+    return latents
+
+
+def _check_latents(latents: Any, num_frames: int) -> None:
+    if isinstance(latents, Tensor) and (latents.ndim != 5 or latents.shape[2] != num_frames):
+        raise ValueError(
+            f"`latents` must be (batch, channels, num_frames={num_frames}, h, w), got {tuple(latents.shape)}."
+        )
 
 
 def _one_negative_prompt(negative_prompt: Any) -> str | None:

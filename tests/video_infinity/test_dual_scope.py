@@ -36,10 +36,22 @@ def test_the_first_clips_get_the_frames_left_over(num_frames, num_clips):
     assert start == num_frames
 
 
-@pytest.mark.parametrize("num_clips", [0, -1])
+@pytest.mark.parametrize("num_clips", [0, -1, 2.0, True])
 def test_less_than_one_clip_is_refused(num_clips):
-    with pytest.raises(ValueError, match=f"`num_clips` must be at least 1, got {num_clips}"):
+    with pytest.raises(ValueError, match=f"`num_clips` must be an integer of at least 1, got {num_clips}"):
         clip_bounds(5, num_clips)
+
+
+@pytest.mark.parametrize("num_frames", [0, -1, 10.0])
+def test_a_video_has_at_least_one_frame(num_frames):
+    for function in (clip_bounds, global_frame_index):
+        with pytest.raises(ValueError, match=f"`num_frames` must be an integer of at least 1, got {num_frames}"):
+            function(num_frames, 1)
+
+
+def test_a_negative_number_of_global_frames_is_refused():
+    with pytest.raises(ValueError, match="`global_frames` must be None or an integer of at least 0, got -3"):
+        global_frame_index(10, -3)
 
 
 # Global frames

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 from diffusers_ext import VideoInfinityConfig, apply_video_infinity, remove_video_infinity
 from diffusers_ext.distributed import CommunicationError
@@ -45,6 +46,7 @@ def wrong_calls():
         "dtype": {"sample": inputs["sample"].float()},
         "timestep": {"timestep": 501},
         "refused": {"timestep": torch.tensor([1, 2])},
+        "latents": {"sample": inputs["sample"].flip(2)},
     }
 
 
@@ -56,6 +58,12 @@ def wrong_calls_on_rank(rank, world_size):
         for what, changes in wrong_calls().items():
             wrong = {**inputs, **changes} if rank == 1 else inputs
             found[what] = caught(lambda wrong=wrong: denoiser(**wrong))
+        attention = denoiser.transformer_in.transformer_blocks[0].attn1
+        processor = attention.processor
+        if rank == 1:
+            attention.set_processor(AttnProcessor2_0())
+        found["replaced"] = caught(lambda: denoiser(**inputs))
+        attention.set_processor(processor)
         found["output"] = denoiser(**inputs).sample  # the ranks are still together
     return found
 
@@ -80,7 +88,7 @@ def test_different_configs_are_refused_on_every_rank():
         assert "disagree about the config" in message and "rank 1 of 3 differs" in message
 
 
-@pytest.mark.parametrize("what", [name for name in wrong_calls() if name != "refused"])
+@pytest.mark.parametrize("what", [name for name in wrong_calls() if name not in ("refused", "latents")])
 def test_a_call_with_other_arguments_is_refused_on_every_rank_with_both_values(what):
     for rank, found in enumerate(results(__name__, 3)["wrong calls"]):
         name, message = found[what]
@@ -98,7 +106,21 @@ def test_a_rank_that_refuses_its_arguments_is_named_on_the_others():
     found = [one["refused"] for one in results(__name__, 3)["wrong calls"]]
     assert found[1][0] == "ValueError" and "`timestep` must be the same for all rows" in found[1][1]
     for name, message in (found[0], found[2]):
-        assert name == "CommunicationError" and "Rank 1 refused its arguments" in message
+        assert name == "CommunicationError" and "Rank 1 refused its call" in message
+
+
+def test_a_rank_whose_processor_was_replaced_is_named_on_the_others():
+    found = [one["replaced"] for one in results(__name__, 3)["wrong calls"]]
+    assert found[1][0] == "RuntimeError" and "were replaced after Video-Infinity was applied" in found[1][1]
+    for name, message in (found[0], found[2]):
+        assert name == "CommunicationError" and "Rank 1 refused its call" in message
+
+
+def test_other_noise_on_one_rank_is_refused_on_all_with_what_to_do():
+    for found in results(__name__, 3)["wrong calls"]:
+        name, message = found["latents"]
+        assert name == "CommunicationError"
+        assert "called with different latents: give all of them a `generator` of the same seed" in message
 
 
 def test_more_ranks_than_frames_are_an_error_on_all():

@@ -666,6 +666,12 @@ BAD = [
     ({"noise": "per_frame", "generator": None}, '`noise="per_frame"` needs a `generator`'),
     ({"noise": "per_frame", "latents": torch.zeros(1, 4, FRAMES, 8, 16)}, "`latents` are given"),
     ({"noise": "per_frame", "generator": [torch.Generator()] * 2}, "`generator` must be one or 1 of them"),
+    ({"latents": torch.zeros(1, 4, FRAMES + 1, 8, 16)}, f"`latents` must be .* num_frames={FRAMES}, h, w"),
+    ({"latents": torch.zeros(4, FRAMES, 8, 16)}, "`latents` must be .* got "),
+    (
+        {"prompt": PROMPTS, "negative_prompt": None, "negative_prompt_embeds": torch.zeros(1, 8, 32)},
+        "`negative_prompt_embeds` cannot be given with several prompts",
+    ),
     ({"gather": "rank1"}, "`gather` must be one of .* got 'rank1'"),
     ({"gather": None}, "`gather` must be one of .* got None"),
     ({"decode_chunk_size": 0}, "`decode_chunk_size` must be an integer of at least 1, got 0"),
@@ -747,6 +753,25 @@ def test_a_frame_rate_that_nothing_would_read_is_refused(pair, frame_rate_pair, 
         draw(pair.ours, name, fps=8)
     with pytest.raises(ValueError, match="`fps` reaches the UNet by Video-Infinity"):
         draw(frame_rate_pair.ours, name, fps=8)
+    for fps in (0, "fast", float("nan"), True):
+        with pytest.raises(ValueError, match=f"`fps` must be a number above 0, got {fps!r}"):
+            draw(frame_rate_pair.ours, name, fps=fps)
+
+
+@each_pipeline
+def test_a_film_without_its_encoder_is_refused_before_any_work(pair, name, no_work, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "imageio_ffmpeg" else find(name))
+    with pytest.raises(ImportError, match=r"\.mp4 files needs imageio with ffmpeg: pip install"):
+        draw(pair.ours, name, output_path=tmp_path / "film.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+@each_pipeline
+@pytest.mark.parametrize("latents", [torch.zeros(1, 4, 8, 16), "noise"], ids=["four dimensions", "text"])
+def test_only_latents_of_a_video_are_decoded(pair, name, latents):
+    with pytest.raises(ValueError, match="`latents` must be a tensor"):
+        pair.ours.decode_clip(latents)
 
 
 @each_pipeline

@@ -1,5 +1,6 @@
 """Real ranks: the same numbers whatever their number, and what they send."""
 
+import peft
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
@@ -305,6 +306,28 @@ def test_a_process_group_of_some_ranks():
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-9)
 
 
+def with_lora(kind):
+    """On temporal convolutions too."""
+    denoiser = new_denoiser(kind)
+    torch.manual_seed(0)
+    names = [name for name, module in denoiser.named_modules() if isinstance(module, torch.nn.Conv3d)]
+    config = peft.LoraConfig(r=2, target_modules=[*names, "to_q"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, denoiser, adapter_name="default")
+    return denoiser.double().eval()
+
+
+def lora_on_rank(rank, world_size):
+    return {kind: call(kind, with_lora(kind), 7, HALF) for kind in ("unet3d", "svd")}
+
+
+@pytest.mark.parametrize("kind", ["unet3d", "svd"])
+def test_a_lora_on_convolutions_sees_the_neighbours_frames(kind):
+    expected = call(kind, with_lora(kind), 7, replaced(HALF, mode="single"))
+    assert (expected - call(kind, new_denoiser(kind), 7, replaced(HALF, mode="single"))).abs().max() > 1e-3
+    for outputs in results(__name__, 2)["lora"]:
+        torch.testing.assert_close(outputs[kind], expected, rtol=0, atol=1e-9)
+
+
 def alone_in_a_group(rank, world_size):
     denoiser = new_denoiser("unet3d")
     apply_video_infinity(denoiser, VideoInfinityConfig(mode="distributed", local_frames=1, global_frames=2))
@@ -331,6 +354,7 @@ JOBS = {
     "silent": (silent_on_rank, (2,)),
     "videos": (videos_on_rank, (2, 3)),
     "half": (half_on_rank, (2,)),
+    "lora": (lora_on_rank, (2,)),
     "smaller group": (in_a_smaller_group, (3,)),
     "alone": (alone_in_a_group, (1,)),
 }
