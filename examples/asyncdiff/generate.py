@@ -26,11 +26,13 @@ With two devices and guidance, `--num_stages 1 --guidance_parallel` is exact up 
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,17 +137,26 @@ def check_number_of_processes(state: PartialState, config: AsyncDiffConfig) -> N
 
 
 def load_pipeline(args: argparse.Namespace, state: PartialState) -> DiffusionPipeline:
-    """On this process's device. The first process loads before the others: a custom pipeline's file is copied once."""
+    """On this process's device. The first process loads before the others, which then find what it downloaded."""
     dtype = args.dtype or ("float32" if state.device.type == "cpu" else "bfloat16")
     options: dict[str, Any] = {"revision": args.revision, "variant": args.variant, "dtype": getattr(torch, dtype)}
     if args.custom_pipeline is not None:
         options |= {"custom_pipeline": args.custom_pipeline, "trust_remote_code": True}
     if not state.is_main_process:
         diffusers_logging.disable_progress_bar()
-    with state.main_process_first():
+    with state.main_process_first() if args.custom_pipeline is None else in_turn(state):
         pipe = DiffusionPipeline.from_pretrained(args.model, **options)
     pipe.set_progress_bar_config(disable=not state.is_main_process)
     return pipe.to(state.device)
+
+
+@contextlib.contextmanager
+def in_turn(state: PartialState) -> Iterator[None]:
+    """Each load copies the file of a custom pipeline anew, and two at once could read half of it."""
+    for process in range(state.num_processes):
+        if process == state.process_index:
+            yield
+        state.wait_for_everyone()
 
 
 def call_arguments(args: argparse.Namespace) -> dict[str, Any]:
