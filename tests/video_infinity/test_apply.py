@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from diffusers import AnimateDiffPipeline, DiffusionPipeline, UNet3DConditionModel
-from diffusers.models.attention_processor import SlicedAttnProcessor
+from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
 from torch import nn
 
 import diffusers_ext
@@ -97,6 +97,23 @@ def test_removal_puts_back_the_very_processors_that_were_set_before():
     remove_video_infinity(pipe)
     assert snapshot(pipe) == before
     assert all(attention.processor is one for attention, one in zip(temporal, processors, strict=True))
+
+
+class ModuleProcessor(nn.Module):
+    def forward(self, *args, **kwargs):
+        return AttnProcessor2_0()(*args, **kwargs)
+
+
+def test_a_processor_that_is_a_module_is_replaced_and_put_back():
+    denoiser = new_denoiser("unet3d")
+    attention = denoiser.transformer_in.transformer_blocks[0].attn1
+    attention.set_processor(ModuleProcessor())
+    processor, modules = attention.processor, dict(denoiser.named_modules())
+    apply_video_infinity(denoiser, VideoInfinityConfig(local_frames=1))
+    assert attention.processor is not processor
+    remove_video_infinity(denoiser)
+    assert attention.processor is processor
+    assert dict(denoiser.named_modules()) == modules
 
 
 def test_what_is_saved_while_applied_is_the_base_model(tmp_path):

@@ -5,13 +5,15 @@ import time
 
 import pytest
 import torch
+from diffusers import TextToVideoSDPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from diffusers_ext import VideoInfinityConfig, apply_video_infinity, remove_video_infinity
 from diffusers_ext.distributed import CommunicationError
+from diffusers_ext.video_infinity import VideoInfinityMixin
 from tests.ranks import run_on_ranks
 from tests.video_infinity.jobs import results
-from tests.video_infinity.videos import inputs_of, new_denoiser
+from tests.video_infinity.videos import inputs_of, new_denoiser, tiny_text_to_video
 
 
 CONFIG = VideoInfinityConfig(local_frames=1, global_frames=2)
@@ -75,7 +77,57 @@ def too_many_ranks(rank, world_size):
         return caught(lambda: denoiser(**inputs_of("unet3d", denoiser, 2)))
 
 
+class LongVideoPipeline(VideoInfinityMixin, TextToVideoSDPipeline):
+    """Without the custom pipeline's file."""
+
+
+def pipeline_on_rank(rank, world_size):
+    pipe, found = LongVideoPipeline(**tiny_text_to_video().components), {}
+    pipe.enable_video_infinity(local_frames=1, global_frames=2)
+    found["decoded"] = pipe.decode_clip(LATENTS, gather="all")  # before any call of the denoiser
+    found["other length"] = caught(lambda: pipe.decode_clip(LATENTS[:, :, :4]))
+    pipe.disable_video_infinity()
+    pipe.enable_video_infinity(local_frames=1, global_frames=2, io="clip")
+    whole = {"noise": "sliced", "gather": "all", "output_path": None, "output_fps": 8, "decode_chunk_size": 4}
+    further = {"prompt_transition_frames": 0, "forward_arguments": {}, "call_arguments": {}}
+    found["clip io"] = caught(lambda: pipe.sample_long_video("a red cat", 5, **whole, **further))
+    pipe.disable_video_infinity()
+    found["other clips"] = caught(lambda: pipe.enable_video_infinity(num_clips=2 if rank == 1 else None))
+    found["wrong clips"] = caught(lambda: pipe.enable_video_infinity(num_clips=2))
+    return found
+
+
+LATENTS = torch.randn(1, 4, 5, 4, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_each_rank_decodes_its_clip_before_the_first_call_too():
+    pipe = LongVideoPipeline(**tiny_text_to_video().components)
+    expected = pipe.decode_clip(LATENTS)
+    for found in results(__name__, 3)["pipeline"]:
+        torch.testing.assert_close(found["decoded"], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "message"),
+    [
+        ("other length", "ValueError", "`latents` must have the 5 frames of the last video"),
+        ("clip io", "ValueError", '`io="clip"` is for loops that hold one clip only'),
+        ("other clips", "CommunicationError", "disagree about the config"),
+        (
+            "wrong clips",
+            "ValueError",
+            "`num_clips` must be None or the number of ranks, 3, in distributed mode, got 2",
+        ),
+    ],
+)
+def test_what_a_pipeline_cannot_do_is_refused_on_every_rank(what, error, message):
+    for found in results(__name__, 3)["pipeline"]:
+        assert found[what][0] == error
+        assert message in found[what][1]
+
+
 JOBS = {
+    "pipeline": (pipeline_on_rank, (3,)),
     "other config": (other_config_on_rank, (3,)),
     "wrong calls": (wrong_calls_on_rank, (3,)),
     "too many ranks": (too_many_ranks, (3,)),
