@@ -21,6 +21,10 @@ _ROOMS = {
     "LearnedCacheRouter": "learning_to_cache",
     "apply_learned_cache": "learning_to_cache",
     "remove_learned_cache": "learning_to_cache",
+    "VicoAttnProcessor": "vico",
+    "VicoConfig": "vico",
+    "VicoMixin": "vico",
+    "attention_flow": "vico",
     "DualScopeAttnProcessor": "video_infinity",
     "VideoInfinityConfig": "video_infinity",
     "VideoInfinityMixin": "video_infinity",
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
         apply_learned_cache,
         remove_learned_cache,
     )
+    from .vico import VicoAttnProcessor, VicoConfig, VicoMixin, attention_flow
     from .video_infinity import (
         DualScopeAttnProcessor,
         VideoInfinityConfig,

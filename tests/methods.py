@@ -20,6 +20,7 @@ class Method:
         remove: takes it off.
         effect: how much it has done since `apply` (modules skipped, bytes sent, ...), 0 before any run.
         refuses: what it says clearly that it does not go with: "sequential_offload", "group_offload", "compile".
+        prepare: makes the pipeline that it is applied to of a stock one; itself unless given.
     """
 
     bases: tuple[str, ...]
@@ -27,6 +28,7 @@ class Method:
     remove: Callable[[DiffusionPipeline], None]
     effect: Callable[[DiffusionPipeline], float]
     refuses: frozenset[str] = frozenset()
+    prepare: Callable[[DiffusionPipeline], DiffusionPipeline] = lambda pipe: pipe
 
 
 def _apply_learned_cache(pipe: DiffusionPipeline) -> None:
@@ -88,6 +90,32 @@ def _frames(pipe: DiffusionPipeline) -> float:
     return video_infinity_stats(pipe).frames_computed
 
 
+def _vico_pipeline(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Vico follows a pipeline's loop, so it is for pipelines with its mixin; their calls name the words."""
+    from diffusers_ext import VicoMixin
+
+    def call(self, *args, **kwargs):
+        words = ["red cat", "mat"] if self.vico_enabled else None
+        return super(cls, self).__call__(*args, subjects=words, **kwargs)
+
+    cls = type(f"Vico{type(pipe).__name__}", (VicoMixin, type(pipe)), {"__call__": call})
+    prepared = cls(**pipe.components)
+    prepared.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    return prepared
+
+
+def _apply_vico(pipe: DiffusionPipeline) -> None:
+    pipe.enable_vico(grid="all", max_iterations=2, threshold=-1.0, refine={0: -1.0})
+
+
+def _remove_vico(pipe: DiffusionPipeline) -> None:
+    pipe.disable_vico()
+
+
+def _updates(pipe: DiffusionPipeline) -> float:
+    return pipe.vico_stats.updates
+
+
 # LTX has no adapter of its own: it stands for all models that the fallback serves.
 _LEARNED_CACHE_BASES = ("dit", "pixart", "latte", "sd3", "flux", "cogvideox", "wan", "ltx")
 
@@ -103,6 +131,14 @@ METHODS: dict[str, Method] = {
         refuses=frozenset({"sequential_offload", "group_offload", "compile"}),
     ),
     "learned_cache": Method(_LEARNED_CACHE_BASES, _apply_learned_cache, _remove_learned_cache, _skipped_modules),
+    "vico": Method(
+        ("text_to_video_sd", "animatediff", "wan", "ltx", "cogvideox"),
+        _apply_vico,
+        _remove_vico,
+        _updates,
+        refuses=frozenset({"group_offload"}),
+        prepare=_vico_pipeline,
+    ),
     "video_infinity": Method(
         ("text_to_video_sd", "animatediff", "svd"),
         _apply_video_infinity,

@@ -18,8 +18,8 @@ def min_max_matmul(a: Tensor, b: Tensor, *, temperature: float | None = None) ->
     """The product of matrices with minimum for times and maximum for plus: widest paths over two layers of edges.
 
     Hard: out_ij = max_k min(a_ik, b_kj). Soft, with tau the temperature: min_tau(a, b) = -tau log(exp(-a / tau) +
-    exp(-b / tau)) for the minimum and tau log sum_k exp(. / tau) for the maximum (paper, Section 4.2). The soft
-    product lies between the hard one less tau ln 2 and the hard one plus tau ln k. Soft products are not associative.
+    exp(-b / tau)) for the minimum and tau log sum_k exp(. / tau) for the maximum (paper, Section 4.2). It lies between
+    the hard one less tau ln 2 and the hard one plus tau ln k. Soft products are not associative.
 
     Memory is that of the factors and the product. Differentiable once. Gradients of the hard product: where a_ik and
     b_kj are equal, half to each; where several k have the maximum, to the first.

@@ -29,8 +29,8 @@ def checked_regions(regions: Any) -> tuple[Box | Mask | None, ...]:
     return tuple(None if region is None else _checked_region(number, region) for number, region in enumerate(regions))
 
 
-def region_cells(region: Box | Mask | Tensor, grid: tuple[int, int, int]) -> BoolTensor:
-    """The cells that a region touches; at least one.
+def region_cells(region: Box | Mask, grid: tuple[int, int, int]) -> BoolTensor:
+    """The cells that a region touches: at least one.
 
     Args:
         region: as `checked_regions` gives it.
@@ -38,12 +38,8 @@ def region_cells(region: Box | Mask | Tensor, grid: tuple[int, int, int]) -> Boo
 
     Returns:
         [frames, height, width].
-
-    Raises:
-        ValueError: not a region.
     """
     frames, height, width = grid
-    region = _checked_region(0, region)
     if isinstance(region[0], float):
         left, top, right, bottom = region
         cells = torch.zeros(grid, dtype=torch.bool)
