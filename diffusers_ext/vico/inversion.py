@@ -157,7 +157,11 @@ def _inverse_of(scheduler: Any) -> DDIMInverseScheduler:
 
 def _grid(scheduler: Any) -> dict[str, Any]:
     """DDIM and its inverse on one grid of timesteps; clipping would make what is made again another."""
-    return {"timestep_spacing": "leading", "clip_sample": False, "steps_offset": scheduler.config.get("steps_offset", 0)}
+    return {
+        "timestep_spacing": "leading",
+        "clip_sample": False,
+        "steps_offset": scheduler.config.get("steps_offset", 0),
+    }
 
 
 def _check_invertible(pipeline: DiffusionPipeline) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..hooks import find_hook
 from ..videocrafter import VideoCrafterUNet3DConditionModel
-from .apply import HOOK, apply_vico, applied_config, find_denoisers, is_vico_applied, remove_vico
+from .apply import HOOK, applied_config, apply_vico, find_denoisers, is_vico_applied, remove_vico
 from .attribution import VicoAttribution
 from .config import VicoConfig
 from .driver import DenoisingRun
@@ -203,8 +203,8 @@ class VicoMixin:
         for denoiser in find_denoisers(self):
             if find_hook(denoiser, HOOK) is None:
                 raise RuntimeError(
-                    f"The pipeline's {type(denoiser).__name__} was replaced after Vico was enabled, and is not guided. "
-                    "Call `disable_vico`, put it in its place, and enable Vico again."
+                    f"The pipeline's {type(denoiser).__name__} took another's place after Vico was enabled, and is "
+                    "not guided: call `disable_vico` before the exchange and `enable_vico` after it."
                 )
 
     @contextlib.contextmanager
@@ -311,7 +311,8 @@ def _words_without_prompt(
     if subjects is not None or token_indices is None or text_range is None:
         raise ValueError(
             "With `prompt_embeds` and no `prompt` there is no text to look for words in: give `token_indices` and "
-            f"`text_range`, got `subjects`={subjects!r}, `token_indices`={token_indices!r}, `text_range`={text_range!r}."
+            f"`text_range`, got `subjects`={subjects!r}, `token_indices`={token_indices!r} and `text_range`="
+            f"{text_range!r}."
         )
     prompts = [""] * len(embeddings)
     ranges = _by_prompt("text_range", text_range, prompts, lambda value: isinstance(value, int))

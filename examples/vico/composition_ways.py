@@ -229,7 +229,9 @@ def interval(values: Sequence[float], resamplings: int = 2000, seed: int = 0) ->
 
 
 def with_interval(values: Sequence[float]) -> str:
-    """As text: mean and interval."""
+    """As text: mean and interval; a dash where there is nothing to average."""
+    if not values:
+        return "-"
     mean, low, high = interval(values)
     return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
