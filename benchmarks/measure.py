@@ -24,12 +24,16 @@ Ratios are taken within a round, where all ways ran one after the other, so a ma
 that goes on another day) changes no ratio.
 """
 
+import contextlib
+import ctypes
 import datetime
 import functools
 import gc
 import platform
+import resource
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -228,6 +232,37 @@ def _timed(way: Callable[[int], Any], step: int, synchronize: Callable[[], Any])
     way(step)
     synchronize()
     return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def extra_memory(run: Callable[[], Any]) -> float:
+    """MiB that a call needs beyond what this process holds; for one that has not done the same yet.
+
+    On Linux free memory goes back to the system first, and the peak of before is forgotten. Elsewhere the peak of
+    before hides what stays below it.
+    """
+    gc.collect()
+    _release_free_memory()
+    before = _peak_memory()
+    run()
+    return _peak_memory() - before
+
+
+def _release_free_memory() -> None:
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # the GNU one has it
+        libc.malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory() -> float:
+    """MiB."""
+    if sys.platform == "linux":
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def conditions(packages: Sequence[str] = ()) -> str:

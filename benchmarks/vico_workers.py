@@ -1,8 +1,6 @@
 """UNets, steps and the design to compare with, for `vico_speed.py` and the processes in which it measures memory."""
 
-import gc
 import re
-import resource
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet3DConditionModel, UNetMotionModel
 from diffusers.models.attention_processor import Attention
 from local_ranks import Rank
+from measure import extra_memory
 from torch import Tensor, nn
 
 from diffusers_ext import VicoConfig
@@ -181,12 +180,7 @@ def prepare(rank: Rank, family: str, widths: tuple[int, ...], latents: int, fram
 def peak_memory(rank: Rank, way: str | None) -> float:
     """MiB beyond what the process held before, for one step; None: unguided. For a process that has made none."""
     steps: Steps = rank.kept["steps"]
-    gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if way is None:
-        steps.unguided()
-    elif WAYS[way] is None:
-        steps.all_maps()
-    else:
-        steps.guided(WAYS[way])
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        return extra_memory(steps.unguided)
+    config = WAYS[way]
+    return extra_memory(steps.all_maps if config is None else lambda: steps.guided(config))

@@ -1,7 +1,5 @@
 """What the ranks of `video_infinity_speed.py` run."""
 
-import gc
-import resource
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +8,7 @@ import torch
 from diffusers import UNet3DConditionModel, UNetMotionModel
 from diffusers.pipelines.free_noise_utils import AnimateDiffFreeNoiseMixin
 from local_ranks import Rank
+from measure import extra_memory
 
 from diffusers_ext import VideoInfinityConfig, apply_video_infinity
 from diffusers_ext.video_infinity import get_video_infinity_context
@@ -97,10 +96,7 @@ def call(rank: Rank, num_frames: int, calls: int = 1) -> dict[str, Any]:
 
 def peak_memory(rank: Rank, num_frames: int) -> float:
     """MiB that the process took beyond what it held before, for one call; for a process that has made none."""
-    gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    call(rank, num_frames)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return extra_memory(lambda: call(rank, num_frames))
 
 
 def frame_bytes(rank: Rank) -> tuple[int, int]:
