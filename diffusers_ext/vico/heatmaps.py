@@ -11,6 +11,9 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 from torch.nn import functional as F
 
+from .attribution import VicoAttribution
+from .words_of_call import SampleWords
+
 
 # From nothing to most, as (position, red, green, blue): dark blue, green, yellow; lightness rises all the way.
 _COLOURS = ((0.0, 0.10, 0.09, 0.36), (0.35, 0.13, 0.40, 0.55), (0.65, 0.21, 0.70, 0.47), (1.0, 0.99, 0.91, 0.15))
@@ -29,6 +32,43 @@ class VicoHeatmaps(BaseOutput):
     output: Any
     maps: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
+
+
+class HeatmapRecorder:
+    """Collects the maps of words over the steps of a call.
+
+    Args:
+        reduce: of a word's tokens, see `word_maps`.
+    """
+
+    def __init__(self, reduce: Literal["sum", "mean", "max"] = "sum") -> None:
+        self.reduce = reduce
+        self._sums: list[Tensor] = []
+        self._scores: list[list[Tensor]] = []
+        self._steps = 0
+
+    def add(self, found: VicoAttribution, words: Sequence[SampleWords]) -> None:
+        """The attribution of a step, and the words of its samples."""
+        if not self._steps:
+            self._sums, self._scores = [torch.zeros(())] * len(words), [[] for _ in words]
+        for sample, one in enumerate(words):
+            flow, offset = found.flow[sample].detach().cpu(), one.text_range[0]
+            self._sums[sample] = self._sums[sample] + word_maps(flow, one.groups, offset=offset, reduce=self.reduce)
+            self._scores[sample].append(found.scores[sample, : len(one.groups)].detach().cpu())
+        self._steps += 1
+
+    def finish(self, output: Any) -> VicoHeatmaps:
+        """With what the call returned.
+
+        Raises:
+            RuntimeError: nothing was added.
+        """
+        if not self._steps:
+            raise RuntimeError(
+                "No step of the call was seen, since the latents of its loop are not those that Vico knows of."
+            )
+        maps = [total / self._steps for total in self._sums]
+        return VicoHeatmaps(output=output, maps=maps, scores=[torch.stack(one) for one in self._scores])
 
 
 def word_maps(

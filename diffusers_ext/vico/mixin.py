@@ -20,6 +20,7 @@ from .apply import HOOK, applied_config, apply_vico, find_denoisers, is_vico_app
 from .attribution import VicoAttribution
 from .config import VicoConfig
 from .driver import DenoisingRun
+from .heatmaps import HeatmapRecorder, VicoHeatmaps
 from .stats import VicoStats
 from .words import resolve_tokens
 from .words_of_call import SampleWords, words_by_sample
@@ -40,6 +41,7 @@ class VicoMixin:
     _vico_run: DenoisingRun | None = None
     _vico_trace: Sequence[dict[str, Any]] = ()
     _vico_stats: VicoStats | None = None
+    _vico_recorder: HeatmapRecorder | None = None
 
     def enable_vico(self, config: VicoConfig | None = None, **overrides: Any) -> None:
         """Let the pipeline's calls equalise the influence of words.
@@ -121,7 +123,6 @@ class VicoMixin:
         words: dict[str, Any],
         *,
         further_arguments: Mapping[str, Any] | None = None,
-        observer: Callable[[int, VicoAttribution], None] | None = None,
     ) -> Any:
         """For `__call__` of subclasses.
 
@@ -129,7 +130,6 @@ class VicoMixin:
             args, kwargs: of the base pipeline's call.
             words: `token_indices`, `subjects` and `text_range` of the call.
             further_arguments: given to the denoiser in each of its calls.
-            observer: see `DenoisingRun`.
         """
         config = applied_config(self)
         if config is None:
@@ -140,14 +140,19 @@ class VicoMixin:
         self._check_hooks()
         parameters = inspect.signature(super().__call__).parameters
         arguments = {**_named(args, parameters), **kwargs}
-        samples = self._words_of(arguments, parameters, config, observer is not None, **words)
+        recorder = self._vico_recorder
+        samples = self._words_of(arguments, parameters, config, recorder is not None, **words)
+
+        def observer(step: int, found: VicoAttribution) -> None:
+            recorder.add(found, run.words)
+
         run = DenoisingRun(
             self,
             config,
             samples,
             self._vico_stats,
             further_arguments=further_arguments,
-            observer=observer,
+            observer=observer if recorder is not None and samples else None,
         )
         self._vico_trace = run.trace
         arguments |= _callbacks(self, run, arguments, parameters)
@@ -155,6 +160,37 @@ class VicoMixin:
             output = super().__call__(**arguments)
         run.finish()
         return output
+
+    def vico_heatmaps(self, *args: Any, config: VicoConfig | None = None, **kwargs: Any) -> VicoHeatmaps:
+        """A call that also tells where each word goes, frame by frame: the flow of words, in the mean over the steps.
+
+        While Vico is enabled the call is guided as always, and measured behind the guidance of each step. Else nothing
+        is guided: the output is the base pipeline's, bit for bit. Each step costs a forward more. One word is enough.
+
+        Args:
+            *args, **kwargs: of the pipeline's call, with `subjects` or `token_indices`.
+            config: how to measure while Vico is not enabled; default: `VicoConfig()`. Its schedule is not looked at.
+
+        Returns:
+            the call's output, a map for each word, and their scores by step; draw them by `overlay_heatmaps`.
+
+        Raises:
+            ValueError: `config` while Vico is enabled, or a prompt without words; before any work.
+            RuntimeError: no step was seen, since the loop's latents are not those that Vico knows of.
+            Others: as the call and `enable_vico` do.
+        """
+        if self.vico_enabled and config is not None:
+            raise ValueError("`config` is for a pipeline without Vico, and here Vico is enabled with its own.")
+        alone = not self.vico_enabled
+        if alone:
+            self.enable_vico(config, guided_fraction=0.0)
+        self._vico_recorder = HeatmapRecorder(applied_config(self).subtoken_reduce)
+        try:
+            return self._vico_recorder.finish(self(*args, **kwargs))
+        finally:
+            self._vico_recorder = None
+            if alone:
+                self.disable_vico()
 
     def prepare_latents(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base pipeline's, which a guided loop starts with."""
@@ -251,10 +287,15 @@ class VicoMixin:
                 )
                 groups.append(found)
                 ranges.append(counted if own_range is None else own_range)
+        if observed and not all(groups):
+            raise ValueError(
+                "Heat maps need words of every prompt: name them by `subjects` or `token_indices`, got "
+                f"`subjects`={subjects!r} and `token_indices`={token_indices!r}."
+            )
         if all(len(one) < 2 for one in groups):
             if config.guided_fraction > 0:
                 logger.info("Fewer than two words are chosen, so that there is nothing to equalise: not guided.")
-            if not observed or not any(groups):
+            if not observed:
                 return []
         # A sample without words takes part as one with a single word, which is not guided either.
         groups = [one or [[pair[0]]] for one, pair in zip(groups, ranges, strict=True)]
