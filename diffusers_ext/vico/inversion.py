@@ -72,7 +72,7 @@ def invert_latents(
 
     Raises:
         NotImplementedError: flow matching, or a pipeline that takes no `latents` like these.
-        ValueError: latents of another shape, or fewer than one step.
+        ValueError: latents of another shape, another number of prompts, or fewer than one step.
     """
     _check_invertible(pipeline)
     if not isinstance(latents, Tensor) or latents.ndim != 5:
@@ -80,15 +80,15 @@ def invert_latents(
         raise ValueError(f"`latents` must be (batch, channels, frames, height, width), got shape {shape}.")
     if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
         raise ValueError(f"`num_inference_steps` must be an integer of at least 1, got {num_inference_steps!r}.")
+    prompts = [prompt] * len(latents) if isinstance(prompt, str) else prompt
+    is_list = isinstance(prompts, list) and all(isinstance(one, str) for one in prompts)
+    if not is_list or len(prompts) != len(latents):
+        raise ValueError(f"`prompt` must be a string, or one for each of the {len(latents)} videos, got {prompt!r}.")
     if isinstance(pipeline, VicoMixin) and pipeline.vico_enabled:
-        kwargs["subjects"] = [] if isinstance(prompt, str) else [[] for _ in prompt]  # nothing to equalise
-    if isinstance(prompt, str) and len(latents) > 1:
-        prompt = [prompt] * len(latents)
-        if "subjects" in kwargs:
-            kwargs["subjects"] = [[] for _ in prompt]
+        kwargs["subjects"] = [[] for _ in prompts]  # nothing to equalise
     with using_scheduler(pipeline, _inverse_of(pipeline.scheduler)):
         output = pipeline(
-            prompt=prompt,
+            prompt=prompts,
             latents=latents,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
