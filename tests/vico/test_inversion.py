@@ -76,8 +76,8 @@ def test_more_steps_bring_a_video_back_more_exactly():
         noise = invert_latents(pipe, latents, call["prompt"], num_inference_steps=steps)
         again = pipe(**call, latents=noise, num_inference_steps=steps, guidance_scale=1.0).frames
         errors.append(((again - latents).norm() / latents.norm()).item())
-    assert errors[1] < 0.2
-    assert errors[1] < 0.2 * errors[0]
+    assert errors[1] < 0.3
+    assert errors[1] < 0.25 * errors[0]
 
 
 @pytest.mark.parametrize("name", UNETS)
