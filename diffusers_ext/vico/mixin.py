@@ -8,11 +8,12 @@ import inspect
 import json
 import logging
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusers.loaders import TextualInversionLoaderMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..hooks import find_hook
 from ..videocrafter import VideoCrafterUNet3DConditionModel
@@ -42,6 +43,7 @@ class VicoMixin:
     _vico_trace: Sequence[dict[str, Any]] = ()
     _vico_stats: VicoStats | None = None
     _vico_recorder: HeatmapRecorder | None = None
+    _vico_denoisers: Sequence[weakref.ref[nn.Module]] = ()
 
     def enable_vico(self, config: VicoConfig | None = None, **overrides: Any) -> None:
         """Let the pipeline's calls equalise the influence of words.
@@ -64,11 +66,17 @@ class VicoMixin:
                 "(`callback_on_step_end` or `callback`)."
             )
         apply_vico(self, config)
+        self._vico_denoisers = [weakref.ref(denoiser) for denoiser in find_denoisers(self)]
         self._vico_stats, self._vico_trace = VicoStats(), []
 
     def disable_vico(self) -> None:
-        """Take Vico off; the denoiser is then as it was before."""
-        remove_vico(self)
+        """Take Vico off; the denoiser is then as it was before, also one that has been exchanged since."""
+        exchanged = [one for one in self._enabled_denoisers() if one not in find_denoisers(self)]
+        self._vico_denoisers = ()
+        for denoiser in exchanged:
+            remove_vico(denoiser)
+        if self.vico_enabled or not exchanged:
+            remove_vico(self)
 
     @property
     def vico_enabled(self) -> bool:
@@ -131,13 +139,13 @@ class VicoMixin:
             words: `token_indices`, `subjects` and `text_range` of the call.
             further_arguments: given to the denoiser in each of its calls.
         """
+        self._check_denoisers()
         config = applied_config(self)
         if config is None:
             given = [name for name, value in words.items() if value is not None]
             if given:
                 logger.warning(f"Vico is not enabled, so that `{given[0]}` changes nothing; call `enable_vico` first.")
             return super().__call__(*args, **kwargs)
-        self._check_hooks()
         parameters = inspect.signature(super().__call__).parameters
         arguments = {**_named(args, parameters), **kwargs}
         recorder = self._vico_recorder
@@ -235,13 +243,19 @@ class VicoMixin:
             config["_class_name"] = bases[0]
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
-    def _check_hooks(self) -> None:
-        for denoiser in find_denoisers(self):
-            if find_hook(denoiser, HOOK) is None:
-                raise RuntimeError(
-                    f"The pipeline's {type(denoiser).__name__} took another's place after Vico was enabled, and is "
-                    "not guided: call `disable_vico` before the exchange and `enable_vico` after it."
-                )
+    def _check_denoisers(self) -> None:
+        """Whether all denoisers are those that Vico was enabled on, unless it was taken off them."""
+        enabled = {id(denoiser) for denoiser in self._enabled_denoisers()}
+        if enabled and enabled != {id(denoiser) for denoiser in find_denoisers(self)}:
+            raise RuntimeError(
+                "Another denoiser has taken the place of one that Vico was enabled on, and is not guided: call "
+                "`disable_vico` and `enable_vico`."
+            )
+
+    def _enabled_denoisers(self) -> list[nn.Module]:
+        """Those that Vico was enabled on and is on still."""
+        denoisers = (weak() for weak in self._vico_denoisers)
+        return [one for one in denoisers if one is not None and find_hook(one, HOOK) is not None]
 
     @contextlib.contextmanager
     def _following(self, run: DenoisingRun) -> Iterator[None]:
