@@ -76,7 +76,7 @@ COMPARED = {
     EVERY_LAYER: Way({"mode": "soft", "layers": None}),
 }
 MAIN_WAYS = ("base", RANDOM, CROSS, "Vico hard", SOFT, SHARP, SHARP_CROSS)
-PICTURED = 6
+PICTURED, PICTURED_WAYS = 6, ("base", SOFT, "Vico hard")
 TEXT_RANGE = (1, 10)  # between the tokens that begin and end a caption of nine words
 PHRASES = ((2, 3, 4), (7, 8, 9))  # "three moving up" and "seven moving down"
 DIGIT_WORDS = ((2,), (7,))
@@ -127,11 +127,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     found = {way: cells_of(way) for way in args.ways or COMPARED}
     report(out, found)
-    if {"base", SOFT} <= found.keys():
+    if set(PICTURED_WAYS) <= found.keys():
         shown = scenes[:PICTURED]
         clips = {
             way: decode(pipe, sample_way(pipe, shown, 0, 0, way, args.steps, args.step_size, common).latents)
-            for way in ("base", SOFT)
+            for way in PICTURED_WAYS
         }
         out.plot(picture(shown, clips, {way: found_digits(judge, clip, shown) for way, clip in clips.items()}))
     out.finish(packages=("scikit-learn",))
@@ -273,7 +273,7 @@ def differences(found: dict[str, list[list[dict[str, Any]]]]) -> list[str]:
 def picture(scenes: Sequence[tuple[Mover, ...]], clips: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Figure:
     """The first captions, not chosen: every second frame, a row a caption, a block of columns a way."""
     every = 2
-    figure = Figure(figsize=(10, 1.15 * len(scenes) + 0.4), layout="constrained")
+    figure = Figure(figsize=(5 * len(clips), 1.15 * len(scenes) + 0.4), layout="constrained")
     panels = figure.subplots(len(scenes), len(clips), squeeze=False)
     for row, scene in enumerate(scenes):
         for axes, (way, clip) in zip(panels[row], clips.items(), strict=True):
