@@ -234,25 +234,29 @@ def _timed(way: Callable[[int], Any], step: int, synchronize: Callable[[], Any])
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
+_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
+
+
 def extra_memory(run: Callable[[], Any]) -> float:
     """MiB that a call needs beyond what this process holds; for one that has not done the same yet.
 
-    On Linux free memory goes back to the system first, and the peak of before is forgotten. Elsewhere the peak of
-    before hides what stays below it.
+    On Linux the peak of before is forgotten, and from then on large blocks come from the system and go back as soon as
+    they are freed, since what an allocator has left would hide them. Elsewhere what stays below the peak of before is
+    hidden.
     """
     gc.collect()
-    _release_free_memory()
+    _forget_peak()
     before = _peak_memory()
     run()
     return _peak_memory() - before
 
 
-def _release_free_memory() -> None:
+def _forget_peak() -> None:
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # the GNU one has it
-        libc.malloc_trim(0)
+    if hasattr(libc, "mallopt"):  # the GNU one has it
+        libc.mallopt(_MMAP_THRESHOLD, 2**16)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
