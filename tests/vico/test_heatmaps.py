@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_ext.vico import VicoConfig, overlay_heatmaps, vico_attribution, word_maps
-from diffusers_ext.vico.heatmaps import resize_maps
+from diffusers_ext.vico.heatmaps import HeatmapRecorder, resize_maps
 from tests.vico.pipelines import ALWAYS, BASES, SUBJECTS, arguments, new_pipeline, recorded
 
 
@@ -57,6 +57,18 @@ def test_a_map_of_as_many_frames_is_not_mixed_over_them():
     assert large[0, 0].max() == 0 and large[0, 1].min() == 1 and large[0, 2].max() == 0
 
 
+def test_a_map_of_fewer_frames_is_spread_over_time_and_keeps_its_place():
+    """A spot that jumps from one corner to the other is at both, ever more at the second."""
+    maps = torch.zeros(1, 2, 4, 5)
+    maps[0, 0, 0, 0] = maps[0, 1, 3, 4] = 1
+    large = resize_maps(maps, 6, 16, 20)[0]
+    going = torch.tensor([1, 1, 2 / 3, 1 / 3, 0, 0])
+    torch.testing.assert_close(large[:, 0, 0], going, atol=1e-6, rtol=0)
+    torch.testing.assert_close(large[:, -1, -1], 1 - going, atol=1e-6, rtol=0)
+    assert large[:, 0, -1].max() == large[:, -1, 0].max() == 0, "the other corners have nothing"
+    torch.testing.assert_close(resize_maps(maps, 1, 16, 20)[0, 0, 0, 0], torch.tensor(0.5))
+
+
 @pytest.mark.parametrize("sizes", [(0, 8, 8), (3, 8.0, 8), (3, 8, True)])
 def test_sizes_that_are_none_are_refused(sizes):
     with pytest.raises(ValueError, match="`num_frames`, `height` and `width`"):
@@ -87,6 +99,21 @@ def test_more_of_a_word_is_lighter_and_yellow():
     assert drawn[-1, 0] > 200 and drawn[-1, 1] > 200 and drawn[-1, 2] < 80
 
 
+def test_a_word_that_is_everywhere_alike_is_drawn_as_nothing():
+    """And not as the rounding of its interpolation, spread over all colours."""
+    maps = torch.full((1, 2, 3, 5), 0.1)
+    drawn = overlay_heatmaps(np.zeros((5, 12, 20, 3)), maps, alpha=1.0)
+    nothing, _ = overlay_heatmaps(np.zeros((1, 1, 2, 3)), torch.tensor([[[[0.0, 1.0]]]]), alpha=1.0)[0, 0, 0]
+    assert torch.equal(drawn, nothing.expand_as(drawn))
+
+
+def test_alpha_is_the_share_of_the_colour():
+    frames, maps = np.full((2, 8, 8, 3), 0.8), torch.rand(1, 2, 4, 4)
+    colour = overlay_heatmaps(frames, maps, alpha=1.0).float()
+    mixed = overlay_heatmaps(frames, maps, alpha=0.25).float()
+    torch.testing.assert_close(mixed, 0.75 * 0.8 * 255 + 0.25 * colour, atol=1.0, rtol=0)
+
+
 def test_colours_span_each_word_or_all_together():
     maps = torch.stack([torch.tensor([[0.0, 0.1]]), torch.tensor([[0.0, 1.0]])])[:, None]
     frames = np.zeros((1, 1, 2, 3))
@@ -102,7 +129,13 @@ def test_colours_span_each_word_or_all_together():
         ({"alpha": 1.5}, r"`alpha`.*got 1\.5"),
         ({"normalize": "frame"}, r"`normalize`.*got 'frame'"),
         ({"maps": torch.rand(3, 4, 5)}, r"`maps`.*\(3, 4, 5\)"),
+        ({"alpha": float("nan")}, r"`alpha`.*got nan"),
+        ({"maps": torch.tensor([0.0, torch.nan, torch.inf]).view(1, 3, 1, 1)}, "`maps` must be finite, got 2 entries"),
         ({"frames": np.zeros((3, 16, 20))}, r"`frames`.*\(3, 16, 20\)"),
+        ({"frames": np.zeros((3, 16, 20, 4))}, r"`frames`.*\(3, 16, 20, 4\)"),
+        ({"frames": np.linspace(-1, 1, 960).reshape(1, 16, 20, 3)}, r"`frames` must be in 0\.\.1.*got -1\.\.1"),
+        ({"frames": np.full((1, 16, 20, 3), 255.0)}, r"`frames` must be in 0\.\.1.*got 255\.\.255"),
+        ({"frames": np.full((1, 16, 20, 3), np.nan)}, r"`frames` must be in 0\.\.1.*got nan"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(changes, message):
@@ -184,6 +217,24 @@ def test_every_prompt_and_video_has_maps_of_its_own_words(pipelines):
     found = pipelines[name].vico_heatmaps(**call, config=config)
     assert [len(maps) for maps in found.maps] == [3, 1]
     assert [tuple(scores.shape) for scores in found.scores] == [(3, 3), (3, 1)]
+
+
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+def test_a_word_of_several_tokens_is_reduced_as_its_config_says(pipelines, reduce):
+    pipe, config = pipelines["text_to_video"], VicoConfig(grid="all", subtoken_reduce=reduce)
+    (both,), (first,), (second,) = (
+        pipe.vico_heatmaps(**arguments("text_to_video"), subjects=subjects, config=config).maps
+        for subjects in (["red cat"], ["red"], ["cat"])
+    )
+    if reduce == "sum":
+        torch.testing.assert_close(both, first + second)
+    else:  # of every step, so that the mean over the steps is no less than either word's
+        assert (both >= torch.maximum(first, second) - 1e-6).all() and (both < first + second).any()
+
+
+def test_without_a_step_there_are_no_maps():
+    with pytest.raises(RuntimeError, match="No step of the call was seen"):
+        HeatmapRecorder().finish(None)
 
 
 @pytest.mark.parametrize("subjects", [[], [["cat"], []]])

@@ -73,6 +73,36 @@ def test_a_word_is_found_at_its_first_place_and_never_inside_another(clip):
         resolve_tokens(clip, "a catdog", ["dog"])
 
 
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_a_hyphen_and_an_apostrophe_end_a_word_but_digits_and_underscores_do_not(kind, request):
+    tokenizer, prompt = request.getfixturevalue(kind), "a red-cat's mat"
+    groups, _ = resolve_tokens(tokenizer, prompt, ["cat", "red", "mat"])
+    assert ["".join(group) for group in shown(tokenizer, prompt, groups)] == ["cat", "red", "mat"]
+    whole, _ = resolve_tokens(tokenizer, prompt, ["red-cat"])
+    assert "".join(shown(tokenizer, prompt, whole)[0]) == "red-cat"
+    with pytest.raises(ValueError, match="got 'cat', which is not in"):
+        resolve_tokens(tokenizer, "cat2 cat_b bobcat", ["cat"])
+
+
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_letters_of_several_bytes_do_not_shift_the_words_behind_them(kind, request):
+    """CLIP has a token a byte for them; T5 has one that stands for all letters it does not know."""
+    tokenizer, prompt = request.getfixturevalue(kind), "É “cat” mat"
+    groups, _ = resolve_tokens(tokenizer, prompt, ["mat", "cat"])
+    assert ["".join(group) for group in shown(tokenizer, prompt, groups)] == ["mat", "cat"]
+
+
+def test_the_words_of_a_phrase_stand_side_by_side(clip):
+    prompt = "a red, cat"
+    with pytest.raises(ValueError, match="got 'red cat', which is not in 'a red, cat'"):
+        resolve_tokens(clip, prompt, ["red cat"])
+    assert resolve_tokens(clip, prompt, ["red, cat"])[0] == [[2, 3, 4]]
+
+
+def test_words_come_in_the_order_in_which_they_are_named(clip):
+    assert resolve_tokens(clip, PROMPT, ["mat", "red", "cat"])[0] == [[6], [2], [3]]
+
+
 def test_signs_in_a_phrase_are_taken_as_they_are(clip):
     with pytest.raises(ValueError, match=r"got 'c\.t'"):
         resolve_tokens(clip, PROMPT, ["c.t"])
@@ -111,6 +141,46 @@ def test_the_limit_of_the_tokenizer_counts_unless_another_is_given(clip):
     assert resolve_tokens(clip, long, ["red"], max_length=6)[1] == (1, 5)
 
 
+def test_a_tokenizer_without_a_limit_cuts_nothing(t5):
+    """Such a one says 10^30, which is no length that Rust could take."""
+    unlimited = t5_tokenizer()
+    unlimited.model_max_length = int(1e30)
+    long = " ".join(["a red cat"] * 20) + " mat"
+    groups, (start, end) = resolve_tokens(unlimited, long, ["mat"])
+    assert (start, end) == (0, len(unlimited(long, truncation=False).input_ids) - 1)
+    assert groups == [[end - 1]]
+    with pytest.raises(ValueError, match="'mat'.*truncated away"):
+        resolve_tokens(t5, long, ["mat"])
+
+
+@pytest.mark.parametrize(("kind", "around"), [("clip", 2), ("t5", 1)])
+def test_a_length_without_room_for_the_tokens_around_a_prompt_is_refused(kind, around, request):
+    tokenizer = request.getfixturevalue(kind)
+    for length in (around - 1, -1, 8.0, True, "8"):
+        with pytest.raises(ValueError, match=f"`max_length`.*at least {around}.*got {length!r}"):
+            resolve_tokens(tokenizer, PROMPT, ["cat"], max_length=length)
+    with pytest.raises(ValueError, match=r"first 0 tokens.*got 'cat'.*What is left: none\."):
+        resolve_tokens(tokenizer, PROMPT, ["cat"], max_length=around)
+
+
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_an_empty_prompt_has_no_word_and_no_position(kind, request):
+    tokenizer = request.getfixturevalue(kind)
+    groups, (start, end) = resolve_tokens(tokenizer, "", [])
+    assert groups == [] and start == end
+    with pytest.raises(ValueError, match="got 'cat', which is not in ''"):
+        resolve_tokens(tokenizer, "", ["cat"])
+    with pytest.raises(ValueError, match=r"for '', got 0\. Its tokens: none\."):
+        resolve_tokens(tokenizer, "", token_indices=[0])
+
+
+def test_a_word_that_is_cut_in_two_is_not_enough(clip):
+    prompt = "a catdog"
+    assert len(clip(prompt).input_ids) > 4
+    with pytest.raises(ValueError, match="first 2 tokens.*'catdog'.*truncated away.*1: 'a.*2: 'ca'"):
+        resolve_tokens(clip, prompt, ["catdog"], max_length=4)
+
+
 def test_a_word_that_is_cut_away_is_refused_with_what_is_left(clip):
     with pytest.raises(ValueError, match=r"first 4 tokens.*'mat'.*truncated away.*1: .*4: "):
         resolve_tokens(clip, PROMPT, ["mat"], max_length=6)
@@ -131,15 +201,17 @@ def test_half_a_phrase_is_not_enough(clip):
         ({"subjects": [" "]}, "empty phrase"),
         ({"subjects": "cat"}, "`subjects` must be a list.*got 'cat'"),
         ({"subjects": ["cat", 3]}, r"`subjects` must be a list.*\['cat', 3\]"),
-        ({"subjects": ["red cat", "cat"]}, "'red cat' and 'cat' both have token 3, 'cat"),
-        ({"subjects": ["cat", "cat"]}, "must not share tokens"),
+        ({"subjects": ["red cat", "cat"]}, "`subjects` must not share.*'red cat' and 'cat' both have token 3, 'cat"),
+        ({"subjects": ["cat", "CAT"]}, "`subjects` must not share tokens.*'cat' and 'CAT' both have token 3"),
         ({"token_indices": [0]}, r"in 1\.\.6.*got 0.*1: 'a.*2: 'red.*6: 'mat"),
         ({"token_indices": [7]}, r"in 1\.\.6.*got 7"),
         ({"token_indices": [[]]}, "empty group"),
         ({"token_indices": 3}, "`token_indices` must be a list.*got 3"),
         ({"token_indices": ["3"]}, "integers or lists.*got '3'"),
         ({"token_indices": [True]}, "integers or lists.*got True"),
-        ({"token_indices": [3, [3, 2]]}, "must not share tokens"),
+        ({"token_indices": [-1]}, r"in 1\.\.6.*got -1"),
+        ({"token_indices": [3.0]}, r"integers or lists.*got 3\.0"),
+        ({"token_indices": [3, [2, 3]]}, r"`token_indices` must not share tokens.*\[3\] and \[2, 3\].*token 3"),
         ({"token_indices": [3], "subjects": ["cat"]}, "not both"),
     ],
 )
@@ -183,6 +255,23 @@ def test_nouns_and_verbs_are_found_once_each_and_auxiliaries_are_not(clip, tagge
     assert shown(clip, prompt, groups) == [["Cat"], ["runs"], ["mat"]]
 
 
+def test_a_found_word_that_is_cut_in_two_is_left_out(clip, monkeypatch):
+    monkeypatch.setattr(nltk, "pos_tag", lambda words: [(word, "NN") for word in words])
+    prompt = "mat catdog"
+    groups, _ = resolve_tokens(clip, prompt, max_length=4)
+    assert shown(clip, prompt, groups, 4) == [["mat"]]
+
+
+def test_found_words_keep_their_places_beside_quotes_and_signs(clip, tagger):
+    prompt = "the ``cat'' \"runs\" (mat)."
+    groups, _ = resolve_tokens(clip, prompt)
+    assert shown(clip, prompt, groups) == [["cat"], ["runs"], ["mat"]]
+
+
+def test_a_prompt_without_nouns_and_verbs_has_no_words(clip, tagger):
+    assert resolve_tokens(clip, "the red", None)[0] == []
+
+
 def test_nouns_that_are_cut_away_are_left_out(clip, tagger):
     groups, _ = resolve_tokens(clip, PROMPT, max_length=6)
     assert shown(clip, PROMPT, groups, 6) == [["cat"]]
@@ -193,10 +282,20 @@ def test_each_prompt_of_a_list_has_its_own_nouns(clip, tagger):
     assert [len(one) for one in groups] == [2, 1]
 
 
-def test_without_the_taggers_data_it_says_what_to_do(clip, monkeypatch):
+def test_without_the_taggers_data_it_says_what_to_do_and_downloads_nothing(clip, monkeypatch):
+    def download(*args, **kwargs):
+        raise AssertionError("nothing may be downloaded")
+
+    monkeypatch.setattr(nltk, "download", download)
+    monkeypatch.setattr(nltk.downloader, "download", download)
     monkeypatch.setattr(nltk.data, "path", [])
     with pytest.raises(ImportError, match=r"nltk\.downloader averaged_perceptron_tagger_eng.*`subjects="):
         resolve_tokens(clip, PROMPT)
+
+
+def test_words_that_are_given_need_no_nltk(clip, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nltk", None)
+    assert resolve_tokens(clip, PROMPT, ["cat"])[0] == resolve_tokens(clip, PROMPT, token_indices=[3])[0] == [[3]]
 
 
 def test_without_nltk_it_says_what_to_do(clip, monkeypatch):
