@@ -17,11 +17,12 @@ from .tiles import TileGrid, TileLists
 
 
 MAX_ALPHA, MIN_ALPHA = 0.999, 1 / 255
+_FAINTEST = -8.0  # a logarithm, well below that of MIN_ALPHA
 # A pixel that would let less than this through is finished, and takes nothing more.
 MIN_TRANSMITTANCE = 1e-4
 # Ellipses of a list that are composited at once, and (tile, ellipse, pixel) triples of a group of tiles.
 PIECE = 64
-TRIPLES = 250_000
+TRIPLES = 160_000
 
 
 def composite(
@@ -113,7 +114,7 @@ def _table(centres: Tensor, conics: Tensor, opacities: Tensor, features: Tensor)
     """A row for each ellipse, (x, y, conic, log of opacity, features), and one that is nowhere seen."""
     rows = torch.cat([centres, conics, opacities.log()[:, None], features], dim=1)
     nowhere = rows.new_zeros(1, rows.shape[1])
-    nowhere[0, 5] = -1e4
+    nowhere[0, 5] = 2 * _FAINTEST
     return torch.cat([rows, nowhere])
 
 
@@ -181,8 +182,9 @@ def _pieces(group: _Group, table: Tensor, grid: TileGrid, through: Tensor) -> It
         members = group.members[rows, start : start + PIECE]
         entries = table[members]
         offsets = entries[..., :2] - corners[rows][:, None]
-        alphas = (basis @ _quadratic(entries, offsets).transpose(1, 2)).exp_()  # o exp(-sigma)
-        alphas.clamp_(max=MAX_ALPHA)
+        # o exp(-sigma). Where it does not count it need not be exact, and denormal numbers would be slow.
+        logarithms = basis @ _quadratic(entries, offsets).transpose(1, 2)
+        alphas = logarithms.clamp_(min=_FAINTEST).exp_().clamp_(max=MAX_ALPHA)
         alphas.masked_fill_(alphas < MIN_ALPHA, 0)
         # In a finished pixel nothing gets through, from the start.
         left = through[rows]

@@ -59,20 +59,21 @@ class TileLists:
 
 @torch.no_grad()
 def bin_ellipses(
-    centres: Tensor, half_sizes: Tensor, depths: Tensor, images: Tensor, count: int, grid: TileGrid
+    centres: Tensor, half_sizes: Tensor, reaches: Tensor, depths: Tensor, images: Tensor, count: int, grid: TileGrid
 ) -> TileLists:
     """Lists of all tiles of all images, by two stable sorts: by depth, then by tile. Equal depths keep their order.
 
     Args:
         centres: [M, 2], in pixels.
         half_sizes: [M, 2], of the boxes around the ellipses, in pixels.
+        reaches: [M], farthest from its centre that an ellipse counts, in pixels.
         depths: [M].
         images: [M], the number of each ellipse's image, below `count`.
         count: of images.
         grid: of each.
     """
     by_depth = depths.argsort(stable=True)
-    centres, half_sizes, images = centres[by_depth], half_sizes[by_depth], images[by_depth]
+    centres, half_sizes, reaches, images = (part[by_depth] for part in (centres, half_sizes, reaches, images))
     last = centres.new_tensor([grid.columns - 1, grid.rows - 1])
     first_tile, last_tile = (
         (corner / grid.side).floor().clamp_min(0).minimum(last).long()
@@ -85,6 +86,12 @@ def bin_ellipses(
     number = torch.arange(len(owner), device=owner.device) - (touched.cumsum(0) - touched)[owner]
     columns = spans[owner, 0]
     column, row = first_tile[owner, 0] + number % columns, first_tile[owner, 1] + number // columns
+    # Out of a box, what no circle around the ellipse touches: its corners.
+    corners = torch.stack([column, row], dim=-1) * grid.side
+    centre = centres[owner]
+    nearest = torch.maximum(corners.to(centre), torch.minimum(centre, (corners + grid.side).to(centre)))
+    near = ((nearest - centre).square().sum(dim=-1) <= reaches[owner] ** 2).nonzero()[:, 0]
+    owner, column, row = owner[near], column[near], row[near]
     tiles = images[owner] * grid.per_image + row * grid.columns + column
     order = tiles.argsort(stable=True)
     counts = torch.bincount(tiles, minlength=count * grid.per_image)

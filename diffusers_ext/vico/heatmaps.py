@@ -118,12 +118,13 @@ def resize_maps(maps: Tensor, num_frames: int, height: int, width: int) -> Tenso
         raise ValueError(f"`num_frames`, `height` and `width` must be integers of at least 1, got {sizes}.")
     maps = maps.float()
     low, high = maps.amin(dim=(1, 2, 3), keepdim=True), maps.amax(dim=(1, 2, 3), keepdim=True)
-    large = F.interpolate(maps, size=(height, width), mode="bicubic", align_corners=False)
+    large = F.interpolate(maps, size=(height, width), mode="bicubic", align_corners=False).clamp(low, high)
     if num_frames != maps.shape[1]:
         by_pixel = large.permute(0, 2, 3, 1).flatten(1, 2)  # (K, H W, F)
         by_pixel = F.interpolate(by_pixel, size=num_frames, mode="linear", align_corners=False)
-        large = by_pixel.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-    return torch.minimum(torch.maximum(large, low), high)
+        # Its rounding alone would be contrast in a map that has none.
+        large = by_pixel.unflatten(1, (height, width)).permute(0, 3, 1, 2).clamp(low, high)
+    return large
 
 
 def overlay_heatmaps(
@@ -141,7 +142,7 @@ def overlay_heatmaps(
         (K, F, H, W, 3), bytes.
 
     Raises:
-        ValueError: shapes or options that do not fit.
+        ValueError: shapes, values or options that do not fit.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"`alpha` must be a number in 0..1, got {alpha!r}.")
@@ -149,6 +150,8 @@ def overlay_heatmaps(
         raise ValueError(f"`normalize` must be 'word' or 'all', got {normalize!r}.")
     if maps.ndim != 4:
         raise ValueError(f"`maps` must be (words, frames, height, width), got shape {tuple(maps.shape)}.")
+    if not maps.isfinite().all():
+        raise ValueError(f"`maps` must be finite, got {int((~maps.isfinite()).sum())} entries that are not.")
     pictures = _as_floats(frames)
     large = resize_maps(maps.detach().cpu(), *pictures.shape[:3])
     dims = (1, 2, 3) if normalize == "word" else (0, 1, 2, 3)
@@ -166,7 +169,14 @@ def _as_floats(frames: Any) -> Tensor:
     frames = torch.as_tensor(frames).detach().cpu()
     if frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(f"`frames` must be (frames, height, width, 3), got shape {tuple(frames.shape)}.")
-    return frames.float() / 255 if not frames.is_floating_point() else frames.float()
+    if not frames.is_floating_point():
+        return frames.float() / 255
+    frames = frames.float()
+    # A little beyond is the rounding of half precision; other ranges, -1..1 and 0..255, are far beyond.
+    if not ((frames >= -0.01) & (frames <= 1.01)).all():
+        low, high = (float(end) for end in frames.aminmax())
+        raise ValueError(f"`frames` must be in 0..1 where they are floats, got {low:.3g}..{high:.3g}.")
+    return frames
 
 
 def _coloured(values: Tensor) -> Tensor:

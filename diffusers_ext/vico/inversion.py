@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMInverseScheduler, DDIMScheduler, DiffusionPipeline
+from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from .mixin import VicoMixin
@@ -27,7 +28,7 @@ def encode_video(
         pipeline: with an `AutoencoderKL`, frame by frame.
         video: as `VideoProcessor.preprocess_video` takes it: a list of Pillow images, arrays (F, H, W, 3) in 0..1, or
             tensors (F, 3, H, W).
-        height, width: of the frames that are encoded, multiples of the autoencoder's factor; default: the video's.
+        height, width: of the frames that are encoded; default: the video's. Rounded down to the autoencoder's factor.
 
     Returns:
         (batch, channels, F, h, w).
@@ -40,7 +41,9 @@ def encode_video(
         raise NotImplementedError(
             f"Videos are inverted through an AutoencoderKL, and {type(pipeline).__name__} has a {type(vae).__name__}."
         )
-    frames = pipeline.video_processor.preprocess_video(video, height=height, width=width)
+    # The pipeline's own is for its output, and may be one that does not resize.
+    processor = VideoProcessor(vae_scale_factor=pipeline.vae_scale_factor)
+    frames = processor.preprocess_video(video, height=height, width=width)
     frames = frames.to(pipeline._execution_device, vae.dtype)
     batch = len(frames)
     latents = vae.encode(frames.transpose(1, 2).flatten(0, 1)).latent_dist.mode()
@@ -130,7 +133,7 @@ def edit_video(
     _check_invertible(pipeline)
     latents = encode_video(pipeline, video, height=height, width=width)
     noise = invert_latents(pipeline, latents, source_prompt, num_inference_steps=num_inference_steps)
-    with using_scheduler(pipeline, DDIMScheduler.from_config(pipeline.scheduler.config, **_grid(pipeline.scheduler))):
+    with using_scheduler(pipeline, _ddim_of(pipeline.scheduler)):
         return pipeline(
             prompt=prompt,
             latents=noise,
@@ -149,6 +152,11 @@ def using_scheduler(pipeline: DiffusionPipeline, scheduler: Any) -> Iterator[Non
         yield
     finally:
         pipeline.scheduler = own
+
+
+def _ddim_of(scheduler: Any) -> DDIMScheduler:
+    # The inverse knows no thresholding either.
+    return DDIMScheduler.from_config(scheduler.config, thresholding=False, **_grid(scheduler))
 
 
 def _inverse_of(scheduler: Any) -> DDIMInverseScheduler:

@@ -79,7 +79,8 @@ def _checked_region(number: int, region: Any) -> Box | Mask:
             f"width), got {type(region).__name__}{f' of shape {tuple(mask.shape)}' if mask.numel() else ''}."
         )
     if not ((mask == 0) | (mask == 1)).all() or not mask.any():
-        raise ValueError(f"`regions[{number}]` must hold zeros and ones, and a one somewhere, got other numbers.")
+        found = "only zeros" if not mask.any() else f"numbers in {mask.min():.3g}..{mask.max():.3g}"
+        raise ValueError(f"`regions[{number}]` must hold zeros and ones, and a one somewhere, got {found}.")
     return _tuples(mask.bool().tolist())
 
 

@@ -47,8 +47,8 @@ def plot_trace(
         for entry in trace
         for iteration, (losses, scores) in enumerate(zip(entry["losses"], entry["scores"], strict=True))
     ]
-    # Beside samples with more words a sample's list is filled up with nan.
-    num_words = sum(score == score for score in points[0][2])
+    # Beside samples with more words a sample's list is filled up with nan; all are nan where the maps were no numbers.
+    num_words = max((sum(score == score for score in scores) for _, _, scores in points), default=0)
     if words is not None and len(words) != num_words:
         raise ValueError(f"`words` must have one entry for each of the {num_words} words, got {len(words)}.")
     figure = _new_figure()

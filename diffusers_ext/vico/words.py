@@ -35,7 +35,7 @@ class _Text:
 
     @property
     def table(self) -> str:
-        return ", ".join(f"{index}: {token!r}" for index, token in enumerate(self.tokens, self.start))
+        return ", ".join(f"{index}: {token!r}" for index, token in enumerate(self.tokens, self.start)) or "none"
 
 
 def resolve_tokens(
@@ -64,8 +64,8 @@ def resolve_tokens(
 
     Raises:
         ValueError: a phrase that is not there or is cut away, an index outside of the range (the message has the
-            tokens), a word without tokens, tokens in two words, `subjects` and `token_indices` both, or lists of
-            another length than `prompt`.
+            tokens), a word without tokens, tokens in two words, `subjects` and `token_indices` both, lists of another
+            length than `prompt`, or a `max_length` that leaves no room for the tokens around the prompt.
         TypeError: a prompt that is no string, a tokenizer that does not tell characters.
         ImportError: neither given, and NLTK or its data is missing.
     """
@@ -93,15 +93,16 @@ def _resolve_one(
     tokenizer: Any, prompt: str, subjects: Any, token_indices: Any, max_length: int | None
 ) -> tuple[TokenGroups, TextRange]:
     text = _tokenize(tokenizer, prompt, max_length)
+    argument = "`subjects`"
     if token_indices is not None:
-        groups = _given_groups(text, token_indices)
+        argument, groups = "`token_indices`", _given_groups(text, token_indices)
     elif subjects is None:
-        groups = _found_groups(text)
+        argument, groups = "the prompt", _found_groups(text)
     elif not _is_list(subjects) or not all(isinstance(phrase, str) for phrase in subjects):
         raise ValueError(f"`subjects` must be a list of words or phrases of the prompt, got {subjects!r}.")
     else:
         groups = [_phrase_tokens(text, phrase) for phrase in subjects]
-    _check_distinct(text, groups, subjects or groups)
+    _check_distinct(text, argument, groups, subjects or groups)
     return groups, text.range
 
 
@@ -110,6 +111,14 @@ def _tokenize(tokenizer: Any, prompt: str, max_length: int | None) -> _Text:
         raise TypeError(
             f"`tokenizer` must be a fast tokenizer of transformers, which tells the characters of each token, got "
             f"{type(tokenizer).__name__}."
+        )
+    around = tokenizer.num_special_tokens_to_add()
+    if max_length is not None and (
+        isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < around
+    ):
+        raise ValueError(
+            f"`max_length` must be None or an integer of at least {around}, the tokens around a prompt, got "
+            f"{max_length!r}."
         )
     limit = tokenizer.model_max_length if max_length is None else max_length
     cut = {"truncation": True, "max_length": limit} if limit < _LONGEST else {}
@@ -205,14 +214,14 @@ def _noun_and_verb_spans(prompt: str) -> list[tuple[int, int]]:
     ]
 
 
-def _check_distinct(text: _Text, groups: TokenGroups, names: Sequence[Any]) -> None:
+def _check_distinct(text: _Text, argument: str, groups: TokenGroups, names: Sequence[Any]) -> None:
     owner: dict[int, Any] = {}
     for group, name in zip(groups, names, strict=True):
         for token in group:
             if token in owner:
                 raise ValueError(
-                    f"Words must not share tokens, but {owner[token]!r} and {name!r} both have token {token}, "
-                    f"{text.tokens[token - text.start]!r}."
+                    f"Words of {argument} must not share tokens, but {owner[token]!r} and {name!r} both have token "
+                    f"{token}, {text.tokens[token - text.start]!r}."
                 )
             owner[token] = name
 

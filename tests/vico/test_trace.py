@@ -94,8 +94,15 @@ def test_what_a_guided_call_records_can_be_drawn():
 
 
 def test_a_picture_is_written_whole_or_not_at_all(trace, tmp_path, monkeypatch):
-    path = tmp_path / "trace.png"
+    path, written, savefig = tmp_path / "trace.png", [], Figure.savefig
+
+    def save(figure, target, **options):
+        written.append(target)
+        savefig(figure, target, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save)
     plot_trace(trace, path=path)
+    assert len(written) == 1 and written[0] != path and written[0].parent == tmp_path
     assert path.read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == [path]
     kept = path.read_bytes()
