@@ -21,28 +21,6 @@ PROMPTS = ["a red cat on a mat", "the blue dog runs"]
 WORDS = [["red cat", "mat"], ["blue", "dog", "runs"]]
 
 
-@pytest.fixture(scope="module")
-def pipelines():
-    found = {}
-
-    def pipeline(name):
-        if name not in found:
-            found[name] = new_pipeline(name)
-        return found[name]
-
-    return pipeline
-
-
-@pytest.fixture
-def pipe(pipelines, name):
-    found = pipelines(name)
-    scheduler = found.scheduler
-    yield found
-    found.scheduler = scheduler
-    if found.vico_enabled:
-        found.disable_vico()
-
-
 def denoiser_of(pipe):
     return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 

@@ -7,7 +7,7 @@ import torch
 
 from diffusers_ext.vico import VicoConfig, overlay_heatmaps, vico_attribution, word_maps
 from diffusers_ext.vico.heatmaps import HeatmapRecorder, resize_maps
-from tests.vico.pipelines import ALWAYS, BASES, SUBJECTS, arguments, new_pipeline, recorded
+from tests.vico.pipelines import ALWAYS, BASES, SUBJECTS, arguments, recorded
 
 
 # Maps of given flows
@@ -148,14 +148,9 @@ def test_what_cannot_be_drawn_is_refused(changes, message):
 # Of a pipeline's call
 
 
-@pytest.fixture(scope="module")
-def pipelines():
-    return {name: new_pipeline(name) for name in BASES}
-
-
 @pytest.mark.parametrize("name", BASES)
 def test_a_call_with_maps_is_the_base_pipelines_bit_for_bit(pipelines, name):
-    pipe = pipelines[name]
+    pipe = pipelines(name)
     expected = np.asarray(pipe(**arguments(name)).frames)
     found = pipe.vico_heatmaps(**arguments(name), subjects=SUBJECTS, config=VicoConfig(grid="all"))
     assert np.array_equal(np.asarray(found.output.frames), expected)
@@ -169,7 +164,7 @@ def test_a_call_with_maps_is_the_base_pipelines_bit_for_bit(pipelines, name):
 
 def test_the_maps_are_the_mean_of_the_steps_attributions(pipelines):
     name, config = "text_to_video", VicoConfig(grid="all")
-    pipe = pipelines[name]
+    pipe = pipelines(name)
     calls, end = recorded(pipe.unet)
     pipe(**arguments(name))
     end()
@@ -194,7 +189,7 @@ def test_the_maps_are_the_mean_of_the_steps_attributions(pipelines):
 
 def test_a_guided_call_is_measured_behind_its_guidance(pipelines):
     name = "text_to_video"
-    pipe = pipelines[name]
+    pipe = pipelines(name)
     pipe.enable_vico(**ALWAYS)
     try:
         guided = np.asarray(pipe(**arguments(name), subjects=SUBJECTS).frames)
@@ -215,14 +210,14 @@ def test_every_prompt_and_video_has_maps_of_its_own_words(pipelines):
     words = [["cat", "red", "mat"], ["dog"]]
     call = arguments(name, prompt=prompts, negative_prompt=None, subjects=words)
     config = VicoConfig(grid="all")
-    found = pipelines[name].vico_heatmaps(**call, config=config)
+    found = pipelines(name).vico_heatmaps(**call, config=config)
     assert [len(maps) for maps in found.maps] == [3, 1]
     assert [tuple(scores.shape) for scores in found.scores] == [(3, 3), (3, 1)]
 
 
 @pytest.mark.parametrize("reduce", ["sum", "max"])
 def test_a_word_of_several_tokens_is_reduced_as_its_config_says(pipelines, reduce):
-    pipe, config = pipelines["text_to_video"], VicoConfig(grid="all", subtoken_reduce=reduce)
+    pipe, config = pipelines("text_to_video"), VicoConfig(grid="all", subtoken_reduce=reduce)
     (both,), (first,), (second,) = (
         pipe.vico_heatmaps(**arguments("text_to_video"), subjects=subjects, config=config).maps
         for subjects in (["red cat"], ["red"], ["cat"])
@@ -240,7 +235,7 @@ def test_without_a_step_there_are_no_maps():
 
 @pytest.mark.parametrize("subjects", [[], [["cat"], []]])
 def test_a_prompt_without_words_is_refused_before_any_work(pipelines, subjects):
-    pipe = pipelines["text_to_video"]
+    pipe = pipelines("text_to_video")
     calls, end = recorded(pipe.unet)
     prompts = ["a red cat", "a blue dog"] if subjects else "a red cat"
     try:

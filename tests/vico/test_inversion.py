@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from diffusers_ext.vico import edit_video, encode_video, invert_latents
-from tests.vico.pipelines import ALWAYS, SUBJECTS, new_pipeline, recorded
+from tests.vico.pipelines import ALWAYS, SUBJECTS, recorded
 
 
 ROOT = Path(__file__).parents[2]
@@ -31,18 +31,6 @@ SCHEDULERS = {
     "dpm-solver": lambda: diffusers.DPMSolverMultistepScheduler(**BETAS, algorithm_type="sde-dpmsolver++"),
     "euler": lambda: diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="linspace"),
 }
-
-
-@pytest.fixture(scope="module")
-def pipelines():
-    return {name: new_pipeline(name) for name in ("text_to_video", "animatediff", "animatediff_video2video", "wan")}
-
-
-@pytest.fixture
-def pipe(pipelines, name):
-    yield pipelines[name]
-    if pipelines[name].vico_enabled:
-        pipelines[name].disable_vico()
 
 
 @pytest.fixture

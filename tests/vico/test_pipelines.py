@@ -38,27 +38,6 @@ NOT_GUIDED = {
 }
 
 
-@pytest.fixture(scope="module")
-def pipelines():
-    """Built once for each name; a test leaves Vico off."""
-    found: dict[str, DiffusionPipeline] = {}
-
-    def pipeline(name: str) -> DiffusionPipeline:
-        if name not in found:
-            found[name] = new_pipeline(name)
-        return found[name]
-
-    return pipeline
-
-
-@pytest.fixture
-def pipe(pipelines, name):
-    found = pipelines(name)
-    yield found
-    if found.vico_enabled:
-        found.disable_vico()
-
-
 # What a pipeline is
 
 
