@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from diffusers_ext.vico import edit_video, encode_video, invert_latents
-from tests.vico.pipelines import ALWAYS, SUBJECTS, recorded
+from tests.vico.pipelines import ALWAYS, SUBJECTS, new_pipeline, recorded
 
 
 ROOT = Path(__file__).parents[2]
