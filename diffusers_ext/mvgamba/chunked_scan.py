@@ -1,8 +1,8 @@
 """The recurrence of a selective state space model, by chunks that run side by side, with its own backward pass.
 
 h_t = exp(dt_t A) h_(t-1) + dt_t u_t B_t and y_t = C_t . h_t are sequential in t. Cut into chunks, all chunks take
-their q-th step at once, from a state of zero; then a short loop carries states from chunk to chunk, and the steps run
-again from the right ones. Nothing is divided by a decay, so that no step is too long.
+their q-th step at once, from a state of zero; then states are carried from chunk to chunk, in as many rounds as
+doubling takes, and the steps run again from the right ones. Nothing is divided by a decay, so no step is too long.
 
 Channels are independent, and are taken some at a time, so that no tensor of (length, channels, states) exists: memory
 beyond inputs and outputs is that of a few blocks.
@@ -20,7 +20,9 @@ from torch.autograd.function import once_differentiable
 
 
 # Entries (steps, samples, chunks, channels, states) of a block.
-BLOCK = 2**20
+BLOCK = 2**19
+# Of a chunk by default: few steps, one after the other, and many chunks beside each other.
+LONGEST_CHUNK = 32
 
 
 def chunked_scan(
@@ -33,13 +35,13 @@ def chunked_scan(
         decay: [D, N], A, below 0.
         b, c: [batch, N, L].
         initial: [batch, D, N], the state before the first step.
-        chunk_size: steps of a chunk; default: about sqrt(L). It changes nothing but the order of sums.
+        chunk_size: steps of a chunk; default: about sqrt(L), at most 32. It changes nothing but the order of sums.
 
     Returns:
         y [batch, D, L] and the state behind the last step; differentiable once in all tensors.
     """
     length = u.shape[-1]
-    steps = 2 ** math.ceil(math.log2(math.sqrt(length))) if chunk_size is None else chunk_size
+    steps = chunk_size or min(LONGEST_CHUNK, 2 ** math.ceil(math.log2(math.sqrt(length))))
     return _ChunkedScan.apply(u, dt, decay, b, c, initial, min(steps, length))
 
 
@@ -70,7 +72,7 @@ class _ChunkedScan(Function):
         b_steps, c_steps = _by_step(b, steps), _by_step(c, steps)
         for block in _blocks(u, dt, decay, steps):
             states = _states(block, b_steps, initial[:, block.channels])
-            y = (states[1:] * c_steps[..., None, :]).sum(dim=-1)
+            y = (states[1:] @ c_steps[..., None])[..., 0]
             out[:, block.channels] = _by_channel(y, u.shape[-1])
             final[:, block.channels] = states[-1, :, -1]
         ctx.save_for_backward(u, dt, decay, b, c, initial)
@@ -93,7 +95,7 @@ class _ChunkedScan(Function):
             grad_initial[:, block.channels] = _carry_back(block, grads, grad_final[:, block.channels])
             grad_c += (outs[..., None, :] @ states[1:])[..., 0, :]
             grad_b += (block.x[..., None, :] @ grads)[..., 0, :]
-            grad_x = (grads * b_steps[..., None, :]).sum(dim=-1)
+            grad_x = (grads @ b_steps[..., None])[..., 0]
             by_decay = grads.mul_(states[:-1]).mul_(block.decays)  # dL / d (dt A)
             grad_decay[block.channels] = (by_decay * block.dt[..., None]).sum(dim=(0, 1, 2))
             steps = (by_decay * decay[block.channels]).sum(dim=-1) + grad_x * block.u
@@ -126,18 +128,17 @@ def _states(block: _Block, b_steps: Tensor, initial: Tensor) -> Tensor:
     """[Q + 1, batch, chunks, D', N]: before each step, and behind the last."""
     added = block.x[..., None] * b_steps[..., None, :]
     states = added.new_empty(len(added) + 1, *added.shape[1:])
+    # Views of all steps at once: taking them one by one would cost as much as the steps.
+    steps = list(zip(added.unbind(), block.decays.unbind(), states[:-1].unbind(), states[1:].unbind(), strict=True))
     states[0] = 0
     if states.shape[2] > 1:
-        for step in range(len(added)):
-            torch.addcmul(added[step], block.decays[step], states[step], out=states[step + 1])
-        ends, state = states[-1].clone(), initial
-        for chunk in range(states.shape[2]):
-            states[0, :, chunk] = state
-            state = torch.addcmul(ends[:, chunk], block.total[:, chunk], state)
+        for plus, decay, before, after in steps:
+            torch.addcmul(plus, decay, before, out=after)
+        states[0] = _carried(states[-1], block.total, initial)[0]
     else:
         states[0, :, 0] = initial
-    for step in range(len(added)):
-        torch.addcmul(added[step], block.decays[step], states[step], out=states[step + 1])
+    for plus, decay, before, after in steps:
+        torch.addcmul(plus, decay, before, out=after)
     return states
 
 
@@ -148,21 +149,41 @@ def _carry_back(block: _Block, grads: Tensor, final: Tensor) -> Tensor:
         grads: [Q, batch, chunks, D', N], of each state by its own output.
         final: [batch, D', N], of the last state from elsewhere.
     """
-    last = len(grads) - 1
-    asked = final
+    asked, decays = grads.unbind(), block.decays.unbind()
     if grads.shape[2] > 1:
-        local = grads[last].clone()
-        for step in range(last - 1, -1, -1):
-            local = torch.addcmul(grads[step], block.decays[step + 1], local)
-        starts = local.mul_(block.decays[0])  # what a chunk asks of the state before it, by its own outputs
-        for chunk in range(grads.shape[2] - 1, -1, -1):
-            grads[last, :, chunk] += asked
-            asked = torch.addcmul(starts[:, chunk], block.total[:, chunk], asked)
+        local = asked[-1].clone()
+        for own, decay in zip(asked[-2::-1], decays[:0:-1], strict=True):
+            local = torch.addcmul(own, decay, local)
+        starts = local.mul_(decays[0])  # what a chunk asks of the state before it, by its own outputs
+        from_later, _ = _carried(starts.flip(1), block.total.flip(1), final)
+        asked[-1].add_(from_later.flip(1))
     else:
-        grads[last, :, 0] += asked
-    for step in range(last - 1, -1, -1):
-        grads[step].addcmul_(block.decays[step + 1], grads[step + 1])
-    return block.decays[0, :, 0] * grads[0, :, 0]
+        asked[-1][:, 0] += final
+    for own, decay, later in zip(asked[-2::-1], decays[:0:-1], asked[:0:-1], strict=True):
+        own.addcmul_(decay, later)
+    return decays[0][:, 0] * asked[0][:, 0]
+
+
+def _carried(own: Tensor, total: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """x_(k+1) = own_k + total_k x_k from x_0 = first, for all chunks k in log2(chunks) rounds.
+
+    Args:
+        own, total: [batch, chunks, D', N].
+        first: [batch, D', N].
+
+    Returns:
+        x_0 .. x_(chunks - 1) [batch, chunks, D', N], and the one behind them.
+    """
+    sums = own.clone()
+    sums[:, 0].addcmul_(total[:, 0], first)
+    factors, distance = total, 1
+    while distance < own.shape[1]:
+        # What reaches each chunk from twice as far; what is nearer to the first has all of it.
+        reaching = factors[:, distance:] * sums[:, :-distance]
+        sums[:, distance:] += reaching
+        factors = torch.cat([factors[:, :distance], factors[:, distance:] * factors[:, :-distance]], dim=1)
+        distance *= 2
+    return torch.cat([first[:, None], sums[:, :-1]], dim=1), sums[:, -1]
 
 
 def _by_step(values: Tensor, steps: int) -> Tensor:
