@@ -130,11 +130,11 @@ def aim(text: str, holds: bool) -> str:
 
 
 def bars(timed: dict[str, Timings]) -> Figure:
-    figure = Figure(figsize=(3.2 * len(timed), 2.4), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(timed), 2.2), layout="constrained")
     for axes, (name, timings) in zip(figure.subplots(1, len(timed), squeeze=False)[0], timed.items(), strict=True):
         ways = list(timings.steps)
         axes.barh(ways, [timings.median(way) for way in ways], color="#2563a8")
-        axes.set(title=name, xlabel="seconds", xscale="log")
+        axes.set(title=name, xlabel="seconds")
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
     return figure
