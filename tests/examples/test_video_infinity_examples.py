@@ -159,9 +159,10 @@ def test_the_picture_of_digits_by_two_processes(tmp_path):
     difference = re.search(r"differ by ([\d.]+) grey levels at most", output)
     assert float(difference[1]) < 0.1
     picture = np.asarray(Image.open(tmp_path / "digits.png"))
-    ways = np.stack(np.split(picture, 4))[:, 26:]  # without the names
-    assert np.array_equal(ways[0], ways[1]) and not np.array_equal(ways[0], ways[2])
-    assert not np.array_equal(ways[1], ways[3])
+    ways = np.stack(np.split(picture, 4))[:, 26:].astype(int)  # without the names
+    # A tenth of a grey level may tip a pixel to the next when it is rounded, and no further.
+    assert np.abs(ways[0] - ways[1]).max() <= 1
+    assert np.abs(ways[0] - ways[2]).max() > 20 and np.abs(ways[1] - ways[3]).max() > 20
 
 
 # What is refused
