@@ -88,7 +88,7 @@ class MapCapture:
         self.early_exit = early_exit
         self.checkpointing = checkpointing
         self._stack = contextlib.ExitStack()
-        self._caches: list[Any] = []
+        self._caches: list[StateManager] = []
         self._maps: list[GroupMaps] = []
         self._missing: set[tuple[str, int, int]] = set()
 
@@ -97,7 +97,7 @@ class MapCapture:
         modules = list(
             self.denoiser.modules()
         )  # once, since walking through a small model takes as long as running it
-        self._caches = _cache_states(modules)
+        self._caches = _state_managers(modules)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_frozen(modules))
             was_checkpointing = stack.enter_context(_without_checkpointing(modules))
@@ -231,7 +231,7 @@ def check_denoiser(denoiser: nn.Module) -> None:
     """Whether maps can be read and gradients taken.
 
     Raises:
-        NotImplementedError: FreeNoise, context parallelism, group offload or FasterCache is on.
+        NotImplementedError: FreeNoise, context parallelism or group offload is on.
         ValueError: weights are kept in fp8.
     """
     name = type(denoiser).__name__
@@ -251,11 +251,6 @@ def check_denoiser(denoiser: nn.Module) -> None:
             raise NotImplementedError(
                 f"This {name} is under group offload, which takes weights away before the backward pass of guidance "
                 "needs them. Use model or sequential offload."
-            )
-        if any(hook.startswith("faster_cache") for hook in hooks):
-            raise NotImplementedError(
-                f"This {name} is under FasterCache, which takes calls with both halves of classifier-free guidance; "
-                "Vico's have the prompt alone. Call `disable_cache()`, or use another cache."
             )
         for parameter_name, parameter in module._parameters.items():
             if parameter is not None and parameter.dtype.is_floating_point and parameter.dtype.itemsize == 1:
@@ -396,34 +391,25 @@ def checkpoint_parts(denoiser: nn.Module, read: set[int]) -> list[nn.Module]:
     return found
 
 
-def _cache_states(modules: Sequence[nn.Module]) -> list[Any]:
-    """What the caches of diffusers keep their state in: by context in a `StateManager`, or in an object of a hook."""
+def _state_managers(modules: Sequence[nn.Module]) -> list[StateManager]:
+    """What hooks of diffusers keep their state in, by context."""
     registries = (vars(module).get(REGISTRY_ATTRIBUTE) for module in modules)
     hooks = [hook for registry in registries if registry is not None for hook in registry.hooks.values()]
-    values = [value for hook in hooks for value in vars(hook).values() if hasattr(value, "reset")]
-    own = {id(value): value for value in values if type(value).__module__.startswith("diffusers.")}
-    return list(own.values())
+    return [value for hook in hooks for value in vars(hook).values() if isinstance(value, StateManager)]
 
 
 @contextlib.contextmanager
-def _own_cache_context(states: Sequence[Any]) -> Iterator[None]:
-    """They see a new context, which is forgotten afterwards; those that know of none begin anew, and then go on."""
-    before = [state._context if isinstance(state, StateManager) else dict(vars(state)) for state in states]
-    for state in states:
-        if isinstance(state, StateManager):
-            state.set_context(CacheContext(CACHE_CONTEXT))
-        else:
-            state.reset()
+def _own_cache_context(managers: Sequence[StateManager]) -> Iterator[None]:
+    """They see a new context, which is forgotten afterwards."""
+    before = [manager._context for manager in managers]
+    for manager in managers:
+        manager.set_context(CacheContext(CACHE_CONTEXT))
     try:
         yield
     finally:
-        for state, kept in zip(states, before, strict=True):
-            if isinstance(state, StateManager):
-                state.set_context(kept)
-                state._state_cache.pop(CACHE_CONTEXT, None)
-            else:
-                vars(state).clear()
-                vars(state).update(kept)
+        for manager, context in zip(managers, before, strict=True):
+            manager.set_context(context)
+            manager._state_cache.pop(CACHE_CONTEXT, None)
 
 
 @contextlib.contextmanager

@@ -296,8 +296,6 @@ class VicoMixin:
                 _by_prompt("text_range", text_range, prompt, lambda value: isinstance(value, int)),
             )
             for text, names, indices, own_range in zip(prompts, *given, strict=True):
-                if isinstance(names, list | tuple):  # as they stand in the prompt, so they become what it becomes
-                    names = [self._as_tokenized(name) if isinstance(name, str) else name for name in names]
                 found, counted = resolve_tokens(
                     self.tokenizer, self._as_tokenized(text), names, indices, max_length=length
                 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +11,9 @@ from typing import Any
 
 import diffusers
 import numpy as np
-import torch
 from diffusers import DiffusionPipeline
 
 from tests.tiny_checkpoints import TINY_PIPELINES
-from tests.tiny_checkpoints.parts import TEXT_LENGTH
 
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
@@ -100,30 +97,6 @@ def draw_with(pipe: DiffusionPipeline, name: str, fields: dict[str, Any], **chan
         return draw(pipe, name, **changes)
     finally:
         pipe.disable_vico()
-
-
-def denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:
-    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-
-
-def encoded(pipe: DiffusionPipeline, name: str) -> dict[str, Any]:
-    """The prompt and the negative one of a call as the pipeline encodes them, by arguments of the call."""
-    call = arguments(name)
-    limits = {"max_sequence_length": TEXT_LENGTH} if "max_sequence_length" in call else {}
-    parameters = inspect.signature(pipe.encode_prompt).parameters
-    number = "num_images_per_prompt" if "num_images_per_prompt" in parameters else "num_videos_per_prompt"
-    values = pipe.encode_prompt(
-        call["prompt"],
-        negative_prompt=call["negative_prompt"],
-        do_classifier_free_guidance=True,
-        device=torch.device("cpu"),
-        **{number: 1},
-        **limits,
-    )
-    keys = ["prompt_embeds", "negative_prompt_embeds"]
-    if name == "ltx":
-        keys = [key for embeds in keys for key in (embeds, embeds.replace("embeds", "attention_mask"))]
-    return dict(zip(keys, values, strict=True))
 
 
 def recorded(denoiser: Any) -> tuple[list[dict[str, Any]], Callable[[], None]]:

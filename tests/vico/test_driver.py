@@ -21,7 +21,83 @@ PROMPTS = ["a red cat on a mat", "the blue dog runs"]
 WORDS = [["red cat", "mat"], ["blue", "dog", "runs"]]
 
 
-# Inside of the loop
+def denoiser_of(pipe):
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+def euler(pipe):
+    """A scheduler that divides its input, in the place of the pipeline's."""
+    return diffusers.EulerDiscreteScheduler.from_config(
+        pipe.scheduler.config, timestep_spacing="leading", prediction_type="epsilon"
+    )
+
+
+# The same as a loop written by hand
+
+
+def text_of(pipe, prompt, frames):
+    tokens = pipe.tokenizer(
+        prompt, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    text = pipe.text_encoder(tokens.input_ids)[0]
+    return text if frames is None else text.repeat_interleave(frames, dim=0)
+
+
+def loop_by_hand(pipe, name, scheduler, config):
+    """Denoising by classifier-free guidance where each guided step first moves the latents."""
+    call = arguments(name, num_inference_steps=STEPS)
+    groups, text_range = resolve_tokens(pipe.tokenizer, call["prompt"], SUBJECTS)
+    frames = call["num_frames"]
+    with torch.no_grad():
+        text, empty = (
+            text_of(pipe, call[key], frames if name == "animatediff" else None)
+            for key in ("prompt", "negative_prompt")
+        )
+    scheduler.set_timesteps(STEPS)
+    shape = (1, 4, frames, 8, 16)
+    latents = torch.randn(shape, generator=call["generator"]) * scheduler.init_noise_sigma
+    scale = 9.0 if name == "text_to_video" else 7.5  # the pipelines' defaults
+    for step, timestep in enumerate(scheduler.timesteps):
+        plan = guidance_plan(config, STEPS)[step] if step < len(guidance_plan(config, STEPS)) else None
+        if plan is not None:
+            latents = optimize_latents(
+                pipe.unet,
+                latents,
+                timestep,
+                text,
+                token_groups=groups,
+                text_range=text_range,
+                config=config,
+                step_size=plan.step_size,
+                iterations=plan.iterations,
+                threshold=plan.threshold,
+                scale_model_input=lambda values, now=timestep: scheduler.scale_model_input(values, now),
+            ).latents
+        with torch.no_grad():
+            given = scheduler.scale_model_input(latents, timestep)
+            with_text, without = (
+                pipe.unet(given, timestep, encoder_hidden_states=one).sample for one in (text, empty)
+            )
+            noise = without + scale * (with_text - without)
+            flat = [value.transpose(1, 2).flatten(0, 1) for value in (noise, latents)]
+            moved = scheduler.step(flat[0], timestep, flat[1]).prev_sample
+            latents = moved.unflatten(0, (1, frames)).transpose(1, 2)
+    return latents
+
+
+@pytest.mark.parametrize("scheduled", ["ddim", "euler"])
+@pytest.mark.parametrize("name", ["text_to_video", "animatediff"])
+def test_a_guided_call_is_a_loop_written_by_hand(pipe, name, scheduled):
+    """Both halves of classifier-free guidance and the scheduler's step see the moved latents, scaled where that is."""
+    if scheduled == "euler":
+        pipe.scheduler = euler(pipe)
+    config = VicoConfig(**ALWAYS)
+    expected = loop_by_hand(pipe, name, copy.deepcopy(pipe.scheduler), config)
+    pipe.enable_vico(config)
+    options = arguments(name, num_inference_steps=STEPS, subjects=SUBJECTS, output_type="latent")
+    found = pipe(**options).frames
+    torch.testing.assert_close(found, expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-4)
+    assert pipe.vico_stats.updates == 3
 
 
 @pytest.mark.parametrize(
@@ -220,7 +296,23 @@ def test_fields_with_an_entry_a_word_must_fit_the_words(pipelines, field):
 @each_pipeline
 def test_embeddings_without_a_prompt_need_positions_and_a_range(pipe, name):
     call = arguments(name)
-    given = encoded(pipe, name) | {"prompt": None, "negative_prompt": None}
+    limits = {"max_sequence_length": TEXT_LENGTH} if "max_sequence_length" in call else {}
+    options = {"num_videos_per_prompt": 1} | ({} if name in ("text_to_video",) else {})
+    if "num_images_per_prompt" in type(pipe).encode_prompt.__code__.co_varnames:
+        options = {"num_images_per_prompt": 1}
+    encoded = pipe.encode_prompt(
+        call["prompt"],
+        **options,
+        **limits,
+        do_classifier_free_guidance=True,
+        negative_prompt=call["negative_prompt"],
+        device=torch.device("cpu"),
+    )
+    if name == "ltx":
+        keys = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+    else:
+        keys = ("prompt_embeds", "negative_prompt_embeds")
+    given = dict(zip(keys, encoded, strict=True)) | {"prompt": None, "negative_prompt": None}
     groups, text_range = resolve_tokens(pipe.tokenizer, call["prompt"], SUBJECTS)
     pipe.enable_vico(**ALWAYS)
     expected = draw(pipe, name, subjects=SUBJECTS)
@@ -316,3 +408,13 @@ def test_every_loop_of_free_init_is_guided():
     pipe.enable_vico(**ALWAYS)
     draw(pipe, "animatediff", subjects=SUBJECTS, num_inference_steps=2)
     assert [entry["step"] for entry in pipe.vico_trace] == [0, 0]
+
+
+def test_a_cache_of_the_denoiser_sees_nothing_of_guidance():
+    """First-block cache keeps states by context, and guidance runs in none of the loop's."""
+    pipe = new_pipeline("wan")
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=1e-9))
+    pipe.enable_vico(**ALWAYS)
+    cached = draw(pipe, "wan", subjects=SUBJECTS)
+    plain = draw_with(new_pipeline("wan"), "wan", ALWAYS, subjects=SUBJECTS)
+    assert np.abs(cached - plain).max() < 1e-5
