@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .cameras import as_plain_index, check_rotations
 from .projection import quaternions_to_matrices
 
 
@@ -119,6 +121,7 @@ class Gaussians:
 
     def __getitem__(self, index: Any) -> Gaussians:
         """Scenes of a batch, or of one scene the Gaussians of a mask, a slice or indices; a single index keeps N."""
+        index = as_plain_index(index)
         if not self.batch_shape and isinstance(index, int):
             if not -len(self) <= index < len(self):
                 raise IndexError(f"There are {len(self)} Gaussians, got the index {index}.")
@@ -146,12 +149,13 @@ class Gaussians:
         return self[self.opacities >= min_opacity]
 
     @staticmethod
-    def cat(parts: Sequence[Gaussians]) -> Gaussians:
-        """All Gaussians of scenes that have the same batch, kind of colour and number of channels.
+    def cat(parts: Iterable[Gaussians]) -> Gaussians:
+        """All Gaussians of scenes that have the same batch, kind of colour, number of channels, dtype and device.
 
         Raises:
             ValueError: nothing to put together, or parts that differ in these.
         """
+        parts = list(parts)
         if not parts:
             raise ValueError("`cat` needs at least one part, got none.")
         kinds = {
@@ -166,6 +170,10 @@ class Gaussians:
                 )
                 + "."
             )
+        for what in ("dtype", "device"):
+            found = [getattr(part, what) for part in parts]
+            if len(set(found)) > 1:
+                raise ValueError(f"Parts must have one {what}, got {', '.join(map(str, found))}.")
         dim = len(parts[0].batch_shape)
         names = parts[0]._fields()
         return Gaussians(**{name: torch.cat([getattr(part, name) for part in parts], dim=dim) for name in names})
@@ -176,10 +184,10 @@ class Gaussians:
         Args:
             rotation: [3, 3], a rotation matrix.
             translation: [3].
-            scale: > 0.
+            scale: > 0, a number or a tensor of one.
 
         Raises:
-            ValueError: not a rotation, another shape, or a scale that is not above 0.
+            ValueError: not a rotation, another shape, a scale that is not above 0, or values that are not finite.
             NotImplementedError: spherical harmonics of a degree above 0, which would have to be rotated too.
         """
         if self.sh_degree:
@@ -192,11 +200,15 @@ class Gaussians:
                 "`rotation` must be [3, 3] and `translation` [3], got "
                 f"{list(rotation.shape)} and {list(translation.shape)}."
             )
-        identity = torch.eye(3, dtype=rotation.dtype, device=rotation.device)
-        if (rotation @ rotation.T - identity).abs().max() > 1e-3 or torch.linalg.det(rotation) < 0:
-            raise ValueError("`rotation` must be a rotation matrix: orthonormal, with determinant 1.")
-        if not scale > 0:
-            raise ValueError(f"`scale` must be above 0, got {scale!r}.")
+        check_rotations("rotation", rotation)
+        if not translation.isfinite().all():
+            raise ValueError(f"`translation` must be finite, got {translation.tolist()}.")
+        if isinstance(scale, Tensor):
+            if scale.numel() != 1:
+                raise ValueError(f"`scale` must be one number, got the shape {list(scale.shape)}.")
+            scale = scale.reshape(()).to(self.means)
+        if not 0 < scale < math.inf:
+            raise ValueError(f"`scale` must be above 0 and finite, got {float(scale)}.")
         turned = multiply_quaternions(matrix_to_quaternion(rotation), self.quats)
         return dataclasses.replace(
             self, means=scale * self.means @ rotation.T + translation, quats=turned, scales=scale * self.scales
@@ -235,7 +247,7 @@ class Gaussians:
 
     def _fields(self) -> dict[str, Tensor]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in fields.items() if value is not None}
+        return {name: value for name, value in fields.items() if value is not None or name not in ("colors", "sh")}
 
     def _map(self, function: Any) -> Gaussians:
         return dataclasses.replace(self, **{name: function(value) for name, value in self._fields().items()})

@@ -61,19 +61,14 @@ def save_ply(gaussians: Gaussians, path: str | os.PathLike[str], *, min_opacity:
         min_opacity: leave out what is less opaque; all of it may go.
 
     Raises:
-        ValueError: a batch of scenes, or colours that are not RGB.
+        ValueError: a batch of scenes, colours that are not RGB, or numbers beyond single precision.
     """
-    gaussians.validate()
-    if gaussians.batch_shape:
-        raise ValueError(f"A PLY file holds one scene, got a batch of {list(gaussians.batch_shape)}: index it first.")
-    if gaussians.colors is not None and gaussians.colors.shape[-1] != 3:
-        raise ValueError(f"`colors` must be RGB to be written, got {gaussians.colors.shape[-1]} channels.")
-    kept = gaussians.detach().prune(min_opacity).to(device="cpu", dtype=torch.float32)
+    kept = scene_to_write(gaussians, "PLY").prune(min_opacity)
     harmonics = kept.sh if kept.colors is None else ((kept.colors - 0.5) / SH_C0)[:, None]
     rest = harmonics[:, 1:].transpose(1, 2).flatten(1)
-    opacities = kept.opacities.double().clamp(_SMALLEST_OPACITY, 1 - _SMALLEST_OPACITY).logit().float()
+    opacities = kept.opacities.clamp(_SMALLEST_OPACITY, 1 - _SMALLEST_OPACITY).logit()
     scales = kept.scales.clamp_min(_SMALLEST_SCALE).log()
-    quats = torch.nn.functional.normalize(kept.quats, dim=-1)
+    quats = kept.quats / kept.quats.norm(dim=-1, keepdim=True)
     columns = [kept.means, torch.zeros_like(kept.means), harmonics[:, 0], rest, opacities[:, None], scales, quats]
     names = ["x", "y", "z", "nx", "ny", "nz", *(f"f_dc_{place}" for place in range(3))]
     names += [f"f_rest_{place}" for place in range(rest.shape[1])]
@@ -89,14 +84,16 @@ def load_ply(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32
 
     Args:
         path: of the file.
-        dtype: of the tensors.
+        dtype: of the tensors, a floating-point one.
 
     Returns:
         Gaussians with `sh` [N, K, 3], K by the file.
 
     Raises:
-        ValueError: not a PLY file, a body that is too short, a property that is missing or a list.
+        ValueError: not a PLY file, a body that is too short, a property that is missing or a list, another dtype.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"`dtype` must be a floating-point one, got {dtype!r}.")
     path = Path(path)
     with path.open("rb") as file:
         header = _read_header(file, path)
@@ -104,15 +101,13 @@ def load_ply(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32
         missing = [name for name in (*_NEEDED, *_ROTATION) if name not in names]
         if missing:
             raise ValueError(f"{path} has no Gaussians: its vertices lack {', '.join(missing)}.")
+        rest = _rest_names(names, path)
         table = _read_text(file, header, path) if header.order is None else _read_binary(file, header, path)
 
     def columns(*wanted: str) -> torch.Tensor:
         found = [table[name].astype(np.float64) for name in wanted]
-        return torch.from_numpy(np.stack(found, axis=-1)).to(dtype)
+        return torch.from_numpy(np.stack(found, axis=-1))
 
-    rest = sorted((name for name in names if re.fullmatch(r"f_rest_\d+", name)), key=lambda name: int(name[7:]))
-    if len(rest) not in (0, 9, 24, 45):
-        raise ValueError(f"{path} has {len(rest)} properties f_rest_*, expected 0, 9, 24 or 45 (degrees 0 to 3).")
     harmonics = columns("f_dc_0", "f_dc_1", "f_dc_2")[:, None]
     if rest:
         higher = columns(*rest).unflatten(1, (3, len(rest) // 3)).transpose(1, 2)
@@ -123,7 +118,41 @@ def load_ply(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32
         scales=columns("scale_0", "scale_1", "scale_2").exp(),
         opacities=columns("opacity")[:, 0].sigmoid(),
         sh=harmonics,
-    )
+    ).to(dtype)
+
+
+def scene_to_write(gaussians: Gaussians, kind: str) -> Gaussians:
+    """The same in double precision on the CPU and out of the graph.
+
+    Raises:
+        ValueError: a batch of scenes, colours that are not RGB, numbers beyond single precision, of which files are;
+            and as `Gaussians.validate` does.
+    """
+    gaussians.validate()
+    if gaussians.batch_shape:
+        raise ValueError(
+            f"A {kind} file holds one scene, got a batch of {list(gaussians.batch_shape)}: index it first."
+        )
+    if gaussians.colors is not None and gaussians.colors.shape[-1] != 3:
+        raise ValueError(f"`colors` must be RGB to be written, got {gaussians.colors.shape[-1]} channels.")
+    scene = gaussians.detach().to(device="cpu", dtype=torch.float64)
+    for name in ("means", "scales", "colors", "sh"):
+        value = getattr(scene, name)
+        if value is not None and not value.float().isfinite().all():
+            raise ValueError(f"`{name}` must fit single precision to be written, got {value.abs().max().item():.3g}.")
+    return scene
+
+
+def _rest_names(names: list[str], path: Path) -> list[str]:
+    """f_rest_0, f_rest_1 and so on, as many as a degree of spherical harmonics has."""
+    found = [name for name in names if re.fullmatch(r"f_rest_\d+", name)]
+    if len(found) not in (0, 9, 24, 45):
+        raise ValueError(f"{path} has {len(found)} properties f_rest_*, expected 0, 9, 24 or 45 (degrees 0 to 3).")
+    wanted = [f"f_rest_{place}" for place in range(len(found))]
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ValueError(f"{path} has {len(found)} properties f_rest_*, but lacks {', '.join(missing)}.")
+    return wanted
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -155,6 +184,8 @@ def _read_header(file: BinaryIO, path: Path) -> _Header:
         elif words[0] == "element" and len(words) == 3 and words[2].isdecimal():
             if count is None and words[1] != "vertex":
                 raise ValueError(f"{path}: vertices must come first, got the element {words[1]!r}.")
+            if words[1] == "vertex" and count is not None:
+                raise ValueError(f"{path} has the element 'vertex' twice.")
             element = words[1]
             count = int(words[2]) if element == "vertex" else count
         elif words[0] == "property" and element is not None:

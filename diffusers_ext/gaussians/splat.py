@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .container import Gaussians
-from .ply import write_whole
+from .ply import scene_to_write, write_whole
 from .projection import SH_C0
 
 
@@ -23,21 +23,14 @@ def save_splat(gaussians: Gaussians, path: str | os.PathLike[str]) -> None:
     128 + 128 q. Written beside its place and then moved.
 
     Raises:
-        ValueError: a batch of scenes, or colours that are not RGB.
+        ValueError: a batch of scenes, colours that are not RGB, or numbers beyond single precision.
     """
-    gaussians.validate()
-    if gaussians.batch_shape:
-        raise ValueError(
-            f"A .splat file holds one scene, got a batch of {list(gaussians.batch_shape)}: index it first."
-        )
-    if gaussians.colors is not None and gaussians.colors.shape[-1] != 3:
-        raise ValueError(f"`colors` must be RGB to be written, got {gaussians.colors.shape[-1]} channels.")
-    whole = gaussians.detach().to(device="cpu", dtype=torch.float32)
+    whole = scene_to_write(gaussians, ".splat")
     order = (whole.scales.prod(dim=-1) * whole.opacities).argsort(descending=True, stable=True)
     whole = whole[order]
     colors = whole.sh[:, 0] * SH_C0 + 0.5 if whole.colors is None else whole.colors
     rgba = torch.cat([colors, whole.opacities[:, None]], dim=-1)
-    quats = torch.nn.functional.normalize(whole.quats, dim=-1)
+    quats = whole.quats / whole.quats.norm(dim=-1, keepdim=True)
     records = np.empty(len(whole), dtype=_RECORD)
     records["means"], records["scales"] = whole.means.numpy(), whole.scales.numpy()
     records["rgba"] = (rgba * 255).round().clamp(0, 255).to(torch.uint8).numpy()

@@ -35,7 +35,7 @@ def render_turntable(
         num_frames: of the turn, >= 1.
         elevation, radius, fov_y: of the camera, see `Cameras.orbit`.
         size: of the square frames, in pixels.
-        background: RGB in [0, 1].
+        background: RGB in [0, 1], white by default; None is black.
         **options: of `rasterize`.
 
     Returns:
@@ -51,7 +51,7 @@ def render_turntable(
     azimuths = torch.arange(num_frames, dtype=torch.float64) * 360 / num_frames
     cameras = Cameras.orbit(elevation, azimuths, radius=radius, fov_y=fov_y, width=size, height=size)
     cameras = cameras.to(device=gaussians.device)
-    paper = torch.tensor(background).to(gaussians.means)
+    paper = None if background is None else torch.as_tensor(background).to(gaussians.means)
     frames = []
     for start in range(0, num_frames, _AT_ONCE):
         found = render(

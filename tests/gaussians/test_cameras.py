@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +77,45 @@ def test_rays_go_through_the_centres_of_pixels():
         torch.testing.assert_close(pixels, torch.stack([columns, rows], dim=-1).double())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_has_rays_through_the_far_pixels_too(dtype):
+    cameras = Cameras.orbit(20.0, 30.0, width=4096, height=2)
+    _, expected = cameras.rays()
+    origins, directions = cameras.to(dtype).rays()
+    assert origins.dtype == directions.dtype == dtype
+    torch.testing.assert_close(directions.float(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_a_batch_has_cameras_for_each_scene():
+    cameras = orbit(0.0, torch.arange(6.0))
+    batch = Cameras(cameras.viewmats.view(2, 3, 4, 4), cameras.intrinsics.view(2, 3, 3, 3), 8, 6)
+    assert len(batch) == 3 and batch.positions.shape == (2, 3, 3) and batch.c2w.shape == (2, 3, 4, 4)
+    assert torch.equal(batch[1].viewmats, cameras.viewmats[3:])
+    for found, expected in zip(batch.resize(4, 4).rays(), cameras.resize(4, 4).rays(), strict=True):
+        assert torch.equal(found.flatten(0, 1), expected)
+
+
+def test_there_may_be_no_camera():
+    none = orbit([], 0.0)
+    assert len(none) == 0 and none.rays()[1].shape == (0, 6, 8, 3)
+
+
+def test_poses_in_half_precision_are_rigid_as_far_as_it_can_tell():
+    cameras = orbit([20.0, -35.0], [30.0, 200.0])
+    for dtype in (torch.float16, torch.bfloat16):
+        found = posed(cameras.c2w.to(dtype))
+        torch.testing.assert_close(found.viewmats.double(), cameras.viewmats, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_angles_and_poses_keep_their_gradients():
+    azimuth = torch.tensor([10.0, 70.0], dtype=torch.float64, requires_grad=True)
+    cameras = orbit(20.0, azimuth)
+    # The position is (cos e sin a, sin e, cos e cos a) times the radius.
+    (slope,) = torch.autograd.grad(cameras.positions[:, 0].sum(), azimuth)
+    expected = 1.5 * math.cos(math.radians(20)) * azimuth.detach().deg2rad().cos() * math.pi / 180
+    torch.testing.assert_close(slope, expected)
+
+
 def test_another_size_keeps_the_view():
     cameras = orbit(20.0, 30.0)
     _, small = cameras.rays()
@@ -86,32 +126,63 @@ def test_another_size_keeps_the_view():
 def test_indices_keep_a_list_of_cameras():
     cameras = orbit(0.0, torch.arange(4.0))
     assert len(cameras[1]) == 1 and torch.equal(cameras[1].viewmats[0], cameras.viewmats[1])
+    for index in (np.int64(1), torch.tensor(1)):
+        assert torch.equal(cameras[index].viewmats, cameras[1].viewmats)
     assert len(cameras[-1]) == 1 and len(cameras[1:3]) == 2 and len(cameras[torch.tensor([0, 3])]) == 2
     with pytest.raises(IndexError, match="4 cameras, got the index 4"):
         cameras[4]
     assert cameras.to(torch.float32).viewmats.dtype == torch.float32
 
 
+def lens(*rows):
+    return torch.tensor([rows], dtype=torch.float64)
+
+
+def posed(c2w, **options):
+    return Cameras.from_c2w(c2w, **{"width": 8, "height": 6, "fov_y": 50.0} | options)
+
+
 POSE = torch.eye(4, dtype=torch.float64)[None]
+LENS = lens([9, 0, 4], [0, 9, 3], [0, 0, 1])
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Cameras.from_c2w(POSE, width=8, height=6), "`fov_y` and `intrinsics`"),
-        (lambda: Cameras.from_c2w(POSE, width=8, height=6, fov_y=0.0), r"`fov_y`.*got 0\.0"),
-        (lambda: Cameras.from_c2w(POSE, width=8, height=6, fov_y=50.0, convention="blender"), "got 'blender'"),
-        (lambda: Cameras.from_c2w(2 * POSE, width=8, height=6, fov_y=50.0), "not orthonormal"),
-        (lambda: Cameras.from_c2w(POSE[0], width=8, height=6, fov_y=50.0), r"`c2w`.*\[4, 4\]"),
-        (lambda: Cameras.from_c2w(POSE, width=0, height=6, fov_y=50.0), "`width`.*got 0"),
+        (lambda: posed(POSE, fov_y=None), "`fov_y` and `intrinsics`.*neither"),
+        (lambda: posed(POSE, fov_y=0.0), r"`fov_y`.*got 0\.0"),
+        (lambda: posed(POSE, convention="blender"), "got 'blender'"),
+        (lambda: posed(POSE * torch.tensor([2.0, 2, 2, 1])), r"`c2w`.*not orthonormal.*\|R Rᵀ - 1\| is 3"),
+        (lambda: posed(POSE * torch.tensor([1.0, 1, -1, 1])), "`c2w`.*mirrors"),
+        (lambda: posed(POSE * torch.tensor([1.0, 1, 1, 2])), r"`c2w`.*last row, got \[0\.0, 0\.0, 0\.0, 2\.0\]"),
+        (lambda: posed(POSE * math.nan), "`c2w` must be finite, got 16"),
+        (lambda: posed(POSE[0]), r"`c2w`.*\[4, 4\]"),
+        (lambda: posed(POSE, intrinsics=LENS[0]), "`fov_y` and `intrinsics`.*both"),
+        (lambda: posed(POSE, fov_y=None, intrinsics=POSE), r"`intrinsics` must be .* got \[1, 4, 4\]"),
+        (lambda: posed(POSE, fov_y=None, intrinsics=LENS.repeat(2, 1, 1)), r"\[1, 3, 3\].* got \[2, 3, 3\]"),
+        (lambda: posed(POSE, width=0), "`width`.*got 0"),
         (lambda: orbit(89.95, 0.0), r"`elevation`.*89\.95"),
         (lambda: orbit(0.0, 0.0, radius=0.0), r"`radius`.*got 0\.0"),
         (lambda: orbit([0.0, 1.0], [0.0, 1.0, 2.0]), r"one length, got \[2, 3, 1\]"),
+        (lambda: orbit(torch.zeros(2, 2), 0.0), r"`elevation`.*\[2, 2\]"),
+        (lambda: orbit(math.nan, 0.0), "`elevation` must be finite, got nan"),
+        (lambda: orbit(0.0, [0.0, math.inf]), r"`azimuth` must be finite, got \[0\.0, inf\]"),
+        (lambda: orbit(0.0, 0.0, target=(0.0, 0.0)), r"`target` must be \[3\], got \[2\]"),
         (lambda: orbit(0.0, 0.0, up=(0.0, 0.0, 1.0)), "`up`"),
+        (lambda: orbit(0.0, 0.0, up=1.0), r"`up` must be \[3\], got \[\]"),
         (lambda: Cameras(POSE, POSE, 8, 6), r"`intrinsics`.*\[1, 4, 4\]"),
         (lambda: Cameras(POSE.repeat(2, 1, 1), POSE[:, :3, :3], 8, 6), "as many cameras"),
         (lambda: Cameras(2 * POSE, POSE[:, :3, :3], 8, 6), r"\(0, 0, 0, 1\)"),
-        (lambda: Cameras(POSE, 0 * POSE[:, :3, :3], 8, 6), "singular"),
+        (lambda: Cameras(POSE, 0 * LENS, 8, 6), "singular"),
+        (lambda: Cameras(POSE, lens([1, 1, 0], [1, 1, 0], [0, 0, 1]), 8, 6), "singular"),
+        (lambda: Cameras(POSE, lens([1, 0, 0], [0, 1, 0], [0, 0, 0]), 8, 6), "singular"),
+        (
+            lambda: Cameras(POSE, lens([9, 2, 4], [0, 9, 3], [0, 0, 1]), 8, 6),
+            r"without skew, got \[\[9\.0, 2\.0, 4\.0\]",
+        ),
+        (lambda: Cameras(POSE, lens([9, 0, 4], [0, 9, 3], [0, 0, 2]), 8, 6), r"\(0, 0, 1\)"),
+        (lambda: Cameras(POSE, LENS.float(), 8, 6), "one dtype, got torch.float64 and torch.float32"),
+        (lambda: Cameras(POSE, LENS.to("meta"), 8, 6), "one device, got cpu and meta"),
         (lambda: Cameras(POSE * math.nan, POSE[:, :3, :3], 8, 6), "`viewmats` must be finite"),
         (lambda: orbit(0.0, 0.0).resize(8, 0), "`height`.*got 0"),
     ],

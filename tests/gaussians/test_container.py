@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ def test_a_valid_container_validates_to_itself():
     ("changes", "message"),
     [
         ({"colors": None}, "`colors` and `sh`.*neither"),
+        ({"means": torch.zeros(3, dtype=torch.float64)}, r"`means` must be \[..., N, 3\], got \[3\]"),
         ({"sh": torch.zeros(40, 4, 3, dtype=torch.float64)}, "`colors` and `sh`.*both"),
         ({"means": torch.zeros(40, 2, dtype=torch.float64)}, r"`means`.*\[40, 2\]"),
         ({"quats": torch.zeros(40, 3, dtype=torch.float64)}, r"`quats`.*\[40, 3\]"),
@@ -43,7 +45,9 @@ def test_what_does_not_fit_is_named(changes, message):
         dataclasses.replace(random_scene(), **changes).validate()
 
 
-def test_integers_are_refused():
+def test_what_is_no_tensor_of_numbers_with_fractions_is_refused():
+    with pytest.raises(TypeError, match="`quats`.*NoneType"):
+        dataclasses.replace(random_scene(), quats=None).validate()
     with pytest.raises(TypeError, match="`opacities`.*torch.int64"):
         dataclasses.replace(random_scene(), opacities=torch.ones(40, dtype=torch.int64)).validate()
 
@@ -56,6 +60,8 @@ def test_length_index_and_degree():
     chosen = one[one.opacities > 0.5]
     assert torch.equal(chosen.means, one.means[one.opacities > 0.5])
     assert len(one[3]) == 1 and torch.equal(one[3].means[0], one.means[3]) and len(one[-1]) == 1
+    for index in (np.int64(3), torch.tensor(3)):
+        assert len(one[index]) == 1 and torch.equal(one[index].scales, one[3].scales)
     assert len(one[5:9]) == 4 and random_scene().sh_degree is None
     with pytest.raises(IndexError, match="40 Gaussians, got the index 40"):
         one[40]
@@ -83,9 +89,12 @@ def test_scenes_are_put_together():
         [one, random_scene(sh_degree=0)],
         [one, random_scene(batch=(2,))],
         [one, random_scene(channels=4)],
+        [one, other.to(torch.float32)],
+        [one, other.to("meta")],
     ):
         with pytest.raises(ValueError, match="(at least one part|Parts must have)"):
             Gaussians.cat(parts)
+    assert len(Gaussians.cat(part for part in (one, other))) == 45
 
 
 def test_packing_is_in_the_order_of_lgm_and_back():
@@ -121,13 +130,30 @@ def test_a_similarity_moves_means_and_covariances():
     assert torch.equal(random_scene(sh_degree=0).transform(rotation, translation).sh, random_scene(sh_degree=0).sh)
 
 
+def test_a_similarity_passes_gradients_and_is_there_in_half_precision():
+    scene = random_scene()
+    rotation = quaternions_to_matrices(torch.tensor([1.0, 2.0, -3.0, 0.5], dtype=torch.float64))
+    translation = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor([1.5], dtype=torch.float64, requires_grad=True)
+    moved = scene.transform(rotation, translation, scale)
+    moved.means.sum().backward()
+    torch.testing.assert_close(translation.grad, torch.full((3,), 40.0, dtype=torch.float64))
+    torch.testing.assert_close(scale.grad, (scene.means @ rotation.T).sum().reshape(1))
+    half = scene.to(torch.float16).transform(rotation, translation.detach(), 1.5)
+    torch.testing.assert_close(half.means.double(), moved.means.detach(), rtol=0, atol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((torch.ones(3, 3), torch.zeros(3)), ValueError, "`rotation` must be a rotation matrix"),
-        ((torch.diag(torch.tensor([1.0, 1, -1])), torch.zeros(3)), ValueError, "determinant 1"),
+        ((torch.ones(3, 3), torch.zeros(3)), ValueError, "`rotation`.*not orthonormal"),
+        ((torch.full((3, 3), math.nan), torch.zeros(3)), ValueError, "`rotation`.*is nan"),
+        ((torch.diag(torch.tensor([1.0, 1, -1])), torch.zeros(3)), ValueError, "`rotation`.*mirrors"),
         ((torch.eye(4), torch.zeros(3)), ValueError, r"\[3, 3\].*\[4, 4\]"),
-        ((torch.eye(3), torch.zeros(3), 0.0), ValueError, r"`scale` must be above 0, got 0\.0"),
+        ((torch.eye(3), torch.zeros(3), 0.0), ValueError, r"`scale` must be above 0 .*got 0\.0"),
+        ((torch.eye(3), torch.zeros(3), math.inf), ValueError, "`scale` must be .*finite, got inf"),
+        ((torch.eye(3), torch.zeros(3), torch.ones(3)), ValueError, r"`scale` must be one number.*\[3\]"),
+        ((torch.eye(3), torch.tensor([0.0, math.inf, 0.0])), ValueError, "`translation` must be finite"),
     ],
 )
 def test_what_is_no_similarity_is_refused(arguments, error, message):

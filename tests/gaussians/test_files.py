@@ -85,6 +85,39 @@ def test_nothing_infinite_is_written(tmp_path):
     assert found.opacities[0] < 1e-5 and found.opacities[1] > 1 - 1e-5
 
 
+@pytest.mark.parametrize("save", [save_ply, save_splat])
+@pytest.mark.parametrize("name", ["means", "scales", "colors"])
+def test_numbers_that_a_file_cannot_hold_are_refused(tmp_path, save, name):
+    scene = random_scene()
+    getattr(scene, name)[3] = 1e300
+    with pytest.raises(ValueError, match=rf"`{name}` must fit single precision.*1e\+300"):
+        save(scene, tmp_path / "scene")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rotations_of_any_norm_are_written_as_units(tmp_path):
+    scene = random_scene()
+    save_ply(scene, tmp_path / "scene.ply")
+    expected = load_ply(tmp_path / "scene.ply").quats
+    torch.testing.assert_close(expected.norm(dim=-1), torch.ones(40))
+    scene.quats *= torch.logspace(-30, 30, 40, dtype=torch.float64)[:, None]
+    save_ply(scene, tmp_path / "scene.ply")
+    torch.testing.assert_close(load_ply(tmp_path / "scene.ply").quats, expected)
+
+
+def test_harmonics_that_are_none_leave_a_scene_of_degree_0_that_looks_alike(tmp_path):
+    scene = single()
+    save_ply(scene, tmp_path / "scene.ply")
+    camera = Cameras.orbit(0.0, 30.0, width=16, height=16)
+    found = render(load_ply(tmp_path / "scene.ply"), camera).image
+    torch.testing.assert_close(found, render(scene, camera).image, rtol=0, atol=1e-5)
+
+
+def test_only_kinds_of_numbers_with_fractions_are_read_into(tmp_path):
+    with pytest.raises(ValueError, match="`dtype`.*torch.int32"):
+        load_ply(tmp_path / "scene.ply", dtype=torch.int32)
+
+
 def test_faint_ones_are_left_out_and_all_may_go(tmp_path):
     scene = single()
     save_ply(scene, tmp_path / "some.ply", min_opacity=0.5)
@@ -130,6 +163,7 @@ HEADER = b"ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nend_header
         (HEADER.replace(b"float x", b"list uchar int x") + b"1\n", "'x' is a list"),
         (HEADER.replace(b"float x", b"quad x") + b"1\n", "cannot read 'property quad x'"),
         (HEADER.replace(b"float x", b"float x\nproperty float x") + b"1\n", "twice"),
+        (HEADER.replace(b"end_", b"element vertex 1\nproperty float x\nend_") + b"1\n", "'vertex' twice"),
         (HEADER + b"1\n", "lack y, z, f_dc_0.*opacity.*rot_3"),
     ],
 )
@@ -157,6 +191,9 @@ def test_a_number_of_harmonics_that_no_degree_has_is_refused(tmp_path):
     save_ply(single(sh_degree=1), tmp_path / "scene.ply")
     content = (tmp_path / "scene.ply").read_bytes().replace(b"f_rest_8", b"f_last_8")
     with pytest.raises(ValueError, match="8 properties f_rest"):
+        load_ply(broken(content, tmp_path))
+    content = (tmp_path / "scene.ply").read_bytes().replace(b"f_rest_3", b"f_rest_9")
+    with pytest.raises(ValueError, match="9 properties f_rest.*lacks f_rest_3"):
         load_ply(broken(content, tmp_path))
 
 
@@ -188,6 +225,14 @@ def test_a_splat_file_has_records_of_32_bytes_the_largest_first(tmp_path, degree
         assert (read - quat).abs().max() < 0.01
 
 
+def test_a_scene_of_which_all_was_pruned_is_an_empty_file_and_a_background(tmp_path):
+    nothing = single().prune(1.0)
+    save_splat(nothing, tmp_path / "scene.splat")
+    save_ply(nothing, tmp_path / "scene.ply")
+    assert (tmp_path / "scene.splat").read_bytes() == b"" and len(load_ply(tmp_path / "scene.ply")) == 0
+    assert (render_turntable(load_ply(tmp_path / "scene.ply"), num_frames=2, size=8) == 1).all()
+
+
 def test_a_turntable_goes_once_around():
     scene = single()
     frames = render_turntable(scene, num_frames=10, size=16)
@@ -198,6 +243,8 @@ def test_a_turntable_goes_once_around():
     np.testing.assert_allclose(frames[9], expected, atol=1e-5)
     black = render_turntable(scene, num_frames=1, size=16, background=(0.0, 0.0, 0.0), scale_modifier=0.5)
     assert black.mean() < frames[0].mean()
+    assert np.array_equal(render_turntable(scene, num_frames=1, size=16, background=torch.ones(3)), frames[:1])
+    assert np.array_equal(render_turntable(scene, num_frames=1, size=16, background=None, scale_modifier=0.5), black)
     with pytest.raises(ValueError, match="`num_frames`.*got 0"):
         render_turntable(scene, num_frames=0)
     with pytest.raises(ValueError, match="one scene"):
